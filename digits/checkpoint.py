@@ -1,0 +1,232 @@
+"""Weights on disk: a bare state dict, and a manifest that tells what it is.
+
+`mnist_model.pth` holds the state dict and nothing else, so it loads anywhere
+with `model.load_state_dict(torch.load("mnist_model.pth"))`, and a file of that
+kind made elsewhere loads here. Everything else that is known of a model stands
+beside it in `mnist_model.json`; a file without one gets the defaults of
+`Manifest`. Reading never runs code from the file (`weights_only=True`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from digits.network import ARCHITECTURES
+from digits.preprocessing import CLASSES, MEAN, STD
+
+VERSION_DIGITS = 12
+MAX_WEIGHTS_BYTES = 64 * 1024 * 1024
+
+
+class InvalidCheckpoint(ValueError):
+    """The file cannot be served; the message names the file, the rule and the value."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is known of a model beside its weights."""
+
+    architecture: str = "ImprovedNN"
+    """A name in `digits.network.ARCHITECTURES`."""
+
+    mean: float = MEAN
+    """`features = (pixel / 255 - mean) / std`."""
+
+    std: float = STD
+    """Above 0."""
+
+    temperature: float = 1.0
+    """`probabilities = softmax(logits / temperature)`; above 0."""
+
+    labels: tuple[str, ...] = tuple(str(digit) for digit in range(CLASSES))
+    """The meaning of each of the ten classes."""
+
+    sha256: str = ""
+    """Of the weights file, 64 hexadecimal digits; checked when set."""
+
+    dataset: str = ""
+    """The data set of the training, for example `MNIST`."""
+
+    test_accuracy: float | None = None
+    """On the data set's test part, 0 to 1."""
+
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """How the weights were made: settings, seed, versions, time."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network with its weights in place (in evaluation mode) and its manifest."""
+
+    network: nn.Module
+    manifest: Manifest
+    sha256: str
+
+    @property
+    def version(self) -> str:
+        """The first 12 hexadecimal digits of the weights file's SHA-256."""
+        return self.sha256[:VERSION_DIGITS]
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+
+def manifest_path(weights: str | os.PathLike[str]) -> Path:
+    """Where the manifest of a weights file lies: `x/mnist_model.pth` -> `x/mnist_model.json`."""
+    return Path(weights).with_suffix(".json")
+
+
+def load_checkpoint(weights: str | os.PathLike[str]) -> Checkpoint:
+    """Load a weights file and, where there is one, the manifest beside it.
+
+    Raises:
+        InvalidCheckpoint: a file is missing, truncated or no state dict, does
+            not match its manifest's SHA-256, or holds keys, shapes or values
+            that its architecture cannot have.
+    """
+    path = Path(weights)
+    try:
+        size = path.stat().st_size
+        if size > MAX_WEIGHTS_BYTES:
+            raise InvalidCheckpoint(f"{path}: a weights file has at most {MAX_WEIGHTS_BYTES} bytes, this has {size}")
+        content = path.read_bytes()
+    except OSError as error:
+        raise InvalidCheckpoint(f"{path}: cannot be read: {error.strerror}") from error
+    manifest = _read_manifest(manifest_path(path))
+    sha256 = hashlib.sha256(content).hexdigest()
+    if manifest.sha256 and manifest.sha256 != sha256:
+        raise InvalidCheckpoint(
+            f"{path}: SHA-256 is {sha256}, but {manifest_path(path).name} says {manifest.sha256}: "
+            "the two files do not belong together"
+        )
+    network = ARCHITECTURES[manifest.architecture]()
+    network.load_state_dict(_checked(path, _read_state_dict(path, content), network.state_dict(), manifest))
+    network.eval()
+    return Checkpoint(network, manifest, sha256)
+
+
+def save_checkpoint(weights: str | os.PathLike[str], network: nn.Module, manifest: Manifest) -> str:
+    """Write a network's state dict and its manifest; return the weights' SHA-256.
+
+    Each file appears whole or not at all, also if the machine stops meanwhile.
+    """
+    path = Path(weights)
+    buffer = io.BytesIO()
+    torch.save({key: tensor.detach().cpu().clone() for key, tensor in network.state_dict().items()}, buffer)
+    sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
+    values = asdict(manifest) | {"sha256": sha256}
+    write_atomically(path, buffer.getvalue())
+    write_atomically(manifest_path(path), (json.dumps(values, indent=2) + "\n").encode())
+    return sha256
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Manifest()
+    except (OSError, ValueError) as error:
+        raise InvalidCheckpoint(f"{path}: a manifest is a JSON file: {error}") from error
+    if not isinstance(values, dict):
+        raise InvalidCheckpoint(f"{path}: a manifest is a JSON object, this is a {type(values).__name__}")
+    known = {f.name for f in fields(Manifest)}
+    values = {key: value for key, value in values.items() if key in known}
+
+    def require(key: str, rule: str, holds: bool) -> None:
+        if key in values and not holds:
+            raise InvalidCheckpoint(f"{path}: {key} is {rule}, not {values[key]!r}")
+
+    def number(key: str) -> float:
+        value = values.get(key)
+        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return float(value) if ok and value is not None else math.nan
+
+    architecture, labels = values.get("architecture"), values.get("labels")
+    require("architecture", f"one of {', '.join(ARCHITECTURES)}", architecture in ARCHITECTURES)
+    require("mean", "a finite number", not math.isnan(number("mean")))
+    require("std", "a number above 0", number("std") > 0)
+    require("temperature", "a number above 0", number("temperature") > 0)
+    require(
+        "labels",
+        f"a list of {CLASSES} texts",
+        isinstance(labels, list) and len(labels) == CLASSES and all(isinstance(label, str) for label in labels),
+    )
+    require("sha256", "a text", isinstance(values.get("sha256"), str))
+    require("dataset", "a text", isinstance(values.get("dataset"), str))
+    accuracy = values.get("test_accuracy")
+    require("test_accuracy", "from 0 to 1, or null", accuracy is None or 0 <= number("test_accuracy") <= 1)
+    require("training", "an object", isinstance(values.get("training"), dict))
+    if isinstance(labels, list):
+        values["labels"] = tuple(labels)
+    return Manifest(**values)
+
+
+def _read_state_dict(path: Path, content: bytes) -> Mapping[str, Tensor]:
+    try:
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise InvalidCheckpoint(
+            f"{path}: a weights file is a state dict written by torch.save; these {len(content)} bytes are "
+            f"truncated, damaged, or a pickle of something else ({type(error).__name__})"
+        ) from error
+    if not isinstance(loaded, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()
+    ):
+        raise InvalidCheckpoint(
+            f"{path}: a weights file is a state dict (names to tensors), this is a {type(loaded).__name__}"
+        )
+    return loaded
+
+
+def _checked(
+    path: Path, given: Mapping[str, Tensor], expected: Mapping[str, Tensor], manifest: Manifest
+) -> dict[str, Tensor]:
+    """Return the weights as float32, or say in what they differ from the architecture."""
+    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    if missing or unknown:
+        raise InvalidCheckpoint(
+            f"{path}: not the weights of {manifest.architecture}: "
+            f"missing {', '.join(missing) or 'nothing'}; unknown {', '.join(unknown) or 'nothing'}"
+        )
+    for key, tensor in given.items():
+        if tensor.shape != expected[key].shape:
+            raise InvalidCheckpoint(
+                f"{path}: {key} has the shape {list(expected[key].shape)} in {manifest.architecture}, "
+                f"not {list(tensor.shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise InvalidCheckpoint(f"{path}: {key} holds floating-point numbers, not {tensor.dtype}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise InvalidCheckpoint(f"{path}: {key} holds finite numbers, but NaN or infinity stands in it")
+    return {key: tensor.to(torch.float32) for key, tensor in given.items()}

@@ -1,0 +1,1 @@
+"""The contract: `.proto` sources, and beside them the code that `make proto` generates."""

@@ -1,0 +1,1 @@
+"""The service: `mnist-grpc-server`. Importing the package does nothing."""

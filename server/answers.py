@@ -1,0 +1,64 @@
+"""From scores to messages, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from protos.mnist.v1 import digit_classifier_pb2 as pb
+from server.batching import Answer
+from server.inference import Scores
+
+_DIGITS, _PROBABILITIES, _LOGITS = (
+    bytes([pb.ClassifyResponse.DESCRIPTOR.fields_by_name[name].number << 3 | 2])  # tag of a packed field
+    for name in ("digits", "probabilities", "logits")
+)
+
+
+def build_response(answers: Sequence[Answer[Scores]], include_logits: bool) -> pb.ClassifyResponse:
+    """Return the answer to a request whose rows were computed in these parts."""
+    if len(answers) == 1:
+        scores = answers[0].result
+        response = _columns(scores.digits, scores.probabilities, scores.logits if include_logits else None)
+    else:
+        response = _columns(
+            np.concatenate([answer.result.digits for answer in answers]),
+            np.concatenate([answer.result.probabilities for answer in answers]),
+            np.concatenate([answer.result.logits for answer in answers]) if include_logits else None,
+        )
+    receipt = response.receipt
+    receipt.model_version = answers[-1].result.model_version
+    receipt.batch_rows = max(answer.batch_rows for answer in answers)
+    receipt.queue_time.FromNanoseconds(int(max(answer.queue_seconds for answer in answers) * 1e9))
+    receipt.compute_time.FromNanoseconds(int(sum(answer.compute_seconds for answer in answers) * 1e9))
+    return response
+
+
+def _columns(
+    digits: npt.NDArray[np.uint8],
+    probabilities: npt.NDArray[np.float32],
+    logits: npt.NDArray[np.float32] | None,
+) -> pb.ClassifyResponse:
+    """A response with its columns filled from arrays.
+
+    The wire form of a packed field of numbers below 128, or of little-endian
+    floats, is the array's own memory behind a tag and a length. To parse that
+    is 10 times faster at n = 256 than to hand protobuf 2,560 Python floats
+    (`bench/messages.py`).
+    """
+    parts = [_DIGITS, _varint(digits.size), digits.tobytes()]
+    parts += [_PROBABILITIES, _varint(4 * probabilities.size), probabilities.astype("<f4", copy=False).tobytes()]
+    if logits is not None:
+        parts += [_LOGITS, _varint(4 * logits.size), logits.astype("<f4", copy=False).tobytes()]
+    return pb.ClassifyResponse.FromString(b"".join(parts))
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 127:
+        encoded.append(value & 127 | 128)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)

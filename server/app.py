@@ -1,0 +1,131 @@
+"""Composition and lifecycle: the pieces put together, started, and stopped in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from protos.mnist.v1 import digit_classifier_pb2 as pb
+from protos.mnist.v1 import digit_classifier_pb2_grpc as pb_grpc
+from server.inference import load_classifier
+from server.service import DigitService
+from server.servicer import DigitClassifierServicer
+from server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["DigitClassifier"].full_name
+HEALTH_NAMES = ("", SERVICE_NAME)
+
+_TRANSPORT_MARGIN = 2
+"""gRPC itself refuses messages longer than this times `max_message_bytes`, with
+RESOURCE_EXHAUSTED; up to there the service refuses them with INVALID_ARGUMENT."""
+
+
+class DigitServer:
+    """A server that listens from `start`, answers from `load`, and ends with `stop`."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Bind the address of the settings; `port` tells the port.
+
+        Raises:
+            OSError: the address cannot be bound, for example because it is taken.
+        """
+        self._settings = settings
+        self._service = DigitService(settings)
+        self._health = health.aio.HealthServicer()
+        limit = _TRANSPORT_MARGIN * settings.max_message_bytes
+        self._server = grpc.aio.server(
+            options=[
+                # A second server on a taken port is to fail, not to share it.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", limit),
+                ("grpc.max_send_message_length", limit),
+                # What the SDK's keepalive of one ping a minute needs.
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 30_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+            ]
+        )
+        pb_grpc.add_DigitClassifierServicer_to_server(DigitClassifierServicer(self._service), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        try:
+            self.port = self._server.add_insecure_port(f"{host}:{settings.port}")
+        except RuntimeError as error:
+            raise OSError(
+                f"cannot listen on {host}:{settings.port}: the address is taken, or not one of this machine"
+            ) from error
+
+    async def start(self) -> None:
+        """Listen: health answers NOT_SERVING, the methods UNAVAILABLE."""
+        await self._service.__aenter__()
+        # The health servicer is born SERVING.
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._server.start()
+
+    async def load(self) -> None:
+        """Load the weights, warm up, read the golden digits; then serve.
+
+        Raises:
+            InvalidCheckpoint, UnfitModel: the weights cannot be served.
+        """
+        settings = self._settings
+        start = time.monotonic()
+        classifier = await asyncio.to_thread(
+            load_classifier, settings.weights, device=settings.device, max_batch_size=settings.max_batch_size
+        )
+        self._service.serve_model(classifier)
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        logger.info("model %s ready after %.2f s", classifier.checkpoint.version, time.monotonic() - start)
+
+    async def stop(self, grace: float | None = None) -> None:
+        """Tell health and streams, finish accepted calls for up to `grace` seconds, end."""
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._service.drain()
+        await self._server.stop(self._settings.grace if grace is None else grace)
+        await self._service.__aexit__()
+
+    async def _set_health(self, status: int) -> None:
+        for name in HEALTH_NAMES:
+            await self._health.set(name, status)
+
+
+def build_server(settings: Settings) -> tuple[DigitServer, int]:
+    """Return a server that is bound but not started, and its port. Called in the event loop."""
+    server = DigitServer(settings)
+    return server, server.port
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then drain.
+
+    Raises:
+        OSError: the address cannot be bound.
+        InvalidCheckpoint, UnfitModel: the weights cannot be served.
+    """
+    told_to_stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told_to_stop.set)
+    server, port = build_server(settings)
+    await server.start()
+    try:
+        loading = asyncio.create_task(server.load())
+        stopping = asyncio.create_task(told_to_stop.wait())
+        await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            await loading
+            print(f"serving on {settings.host}:{port}", flush=True)
+            await stopping
+        logger.info("draining for up to %g s", settings.grace)
+    finally:
+        stopping.cancel()
+        await server.stop()
+    logger.info("stopped")
