@@ -43,8 +43,8 @@ MAX_IMAGE_PIXELS = 64_000_000
 MIN_SIDE = 4
 """An image with a shorter side than this cannot show a digit."""
 
-FORMATS = ("PNG", "JPEG", "MPO", "BMP", "GIF", "WEBP", "TIFF")
-"""File formats that are opened; MPO is what some phones write as JPEG."""
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")
+"""File formats that are opened."""
 
 _WORKING_SIDE = 280
 _MIN_CONTRAST = 16  # of 255: less than this between paper and ink is a blank image
@@ -158,7 +158,7 @@ def _grey_of_file(image: Any) -> GreyImage:
     with _reading(name), Image.open(image, formats=FORMATS) as opened:
         _check_size(*opened.size)
         frames = getattr(opened, "n_frames", 1)
-        if frames != 1 and opened.format != "MPO":  # the other frames of an MPO are previews
+        if frames != 1 and opened.format != "MPO":  # a phone's JPEG with previews behind it
             raise InvalidImage(f"an image file has a single frame, {name} ({opened.format}) has {frames}")
         # A JPEG decodes at 1/2, 1/4 or 1/8 of its size for much less work.
         opened.draft(None, (2 * _WORKING_SIDE, 2 * _WORKING_SIDE))
@@ -173,7 +173,7 @@ def _reading(name: str) -> Iterator[None]:
     except InvalidImage:
         raise
     except UnidentifiedImageError as error:
-        raise InvalidImage(f"{name} is no {', '.join(FORMATS)} file") from error
+        raise InvalidImage(f"{name} is no image file of a known format ({', '.join(FORMATS)})") from error
     except Image.DecompressionBombError as error:
         raise InvalidImage(f"{name} is too large: {error}") from error
     except (OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError, OverflowError) as error:

@@ -1,0 +1,45 @@
+"""Read handwritten digits with an mnist-grpc server.
+
+    import client
+
+    client.classify("digit.png").digit                  # 7
+
+    with client.Client("localhost:50051") as digits:
+        digits.classify_batch(["a.png", "b.png"])
+        for prediction in digits.stream_classify(frames):
+            ...
+
+An image is a path, the bytes of a file, a binary file object, a PIL image, or a
+NumPy array: `uint8[h, w]`, `uint8[h, w, 3|4]` or floats in [0, 1]. Importing
+this package loads neither torch nor anything of the server.
+"""
+
+from client._async import AsyncClient
+from client._default import classify
+from client._errors import (
+    DeadlineExceededError,
+    InvalidImageError,
+    MnistGrpcError,
+    OverloadedError,
+    ServerError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from client._sync import Client
+from client._types import Image, Model, Prediction
+
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "DeadlineExceededError",
+    "Image",
+    "InvalidImageError",
+    "MnistGrpcError",
+    "Model",
+    "OverloadedError",
+    "Prediction",
+    "ServerError",
+    "UnauthenticatedError",
+    "UnavailableError",
+    "classify",
+]

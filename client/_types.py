@@ -1,0 +1,80 @@
+"""What the SDK takes and gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from digits.preprocessing import ImageLike
+
+Image: TypeAlias = ImageLike
+"""A path, the bytes of a file, a binary file object, a PIL image, or an array:
+`uint8[h, w]`, `uint8[h, w, 1|3|4]`, or floats of these shapes in [0, 1]."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Prediction:
+    """The answer to one image."""
+
+    digit: int
+    """The most probable digit, 0 to 9."""
+
+    confidence: float
+    """Its probability, 0 to 1."""
+
+    probabilities: npt.NDArray[np.float32]
+    """`float32[10]`, the probability of each digit; read-only."""
+
+    model_version: str
+    """First 12 hexadecimal digits of the SHA-256 of the weights that answered."""
+
+    batch_rows: int
+    """Images in the batch in which the server computed this one."""
+
+    queue_seconds: float
+    """How long the image waited for that batch."""
+
+    compute_seconds: float
+    """How long the batch took."""
+
+    def __repr__(self) -> str:
+        return f"Prediction(digit={self.digit}, confidence={self.confidence:.4f})"
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What a server serves."""
+
+    name: str
+    """For example `mnist`."""
+
+    version: str
+    """First 12 hexadecimal digits of `weights_sha256`."""
+
+    architecture: str
+    """For example `ImprovedNN`."""
+
+    weights_sha256: str
+    """SHA-256 of the weights file."""
+
+    parameter_count: int
+
+    labels: tuple[str, ...]
+    """The meaning of each class."""
+
+    test_accuracy: float | None
+    """On the test part of the data set, 0 to 1; None if unknown."""
+
+    dataset: str
+    """The data set of the training; empty if unknown."""
+
+    server_version: str
+
+    max_batch_size: int
+    """The most images that the server computes together."""
+
+    max_message_bytes: int
+    """The longest request message that the server accepts."""
