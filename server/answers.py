@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 from server.batching import Answer
-from server.inference import Scores
+
+if TYPE_CHECKING:
+    from server.inference import Scores
 
 _DIGITS, _PROBABILITIES, _LOGITS = (
     bytes([pb.ClassifyResponse.DESCRIPTOR.fields_by_name[name].number << 3 | 2])  # tag of a packed field

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import time
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -13,10 +14,12 @@ from grpc_reflection.v1alpha import reflection
 
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 from protos.mnist.v1 import digit_classifier_pb2_grpc as pb_grpc
-from server.inference import load_classifier
 from server.service import DigitService
 from server.servicer import DigitClassifierServicer
 from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.inference import Classifier
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +81,7 @@ class DigitServer:
         """
         settings = self._settings
         start = time.monotonic()
-        classifier = await asyncio.to_thread(
-            load_classifier, settings.weights, device=settings.device, max_batch_size=settings.max_batch_size
-        )
+        classifier = await asyncio.to_thread(_load_classifier, settings)
         self._service.serve_model(classifier)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         logger.info("model %s ready after %.2f s", classifier.checkpoint.version, time.monotonic() - start)
@@ -95,6 +96,13 @@ class DigitServer:
     async def _set_health(self, status: int) -> None:
         for name in HEALTH_NAMES:
             await self._health.set(name, status)
+
+
+def _load_classifier(settings: Settings) -> Classifier:
+    # Here, because torch takes seconds to import and the port can be open meanwhile.
+    from server.inference import load_classifier
+
+    return load_classifier(settings.weights, device=settings.device, max_batch_size=settings.max_batch_size)
 
 
 def build_server(settings: Settings) -> tuple[DigitServer, int]:

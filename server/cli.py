@@ -24,15 +24,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     values = " ".join(f"{name}={value} ({sources[name]})" for name, value in asdict(settings).items())
     logging.getLogger(__name__).info("starting with %s", values)
     try:
-        from server.app import serve
+        from server.app import serve  # needs what the base install, the client, does not bring
+
+        asyncio.run(serve(settings))
     except ModuleNotFoundError as error:
         print(
             f"mnist-grpc-server: {error.name} is not installed; pip install 'mnist-grpc[server]' brings it",
             file=sys.stderr,
         )
         return 1
-    try:
-        asyncio.run(serve(settings))
     except (OSError, ValueError) as error:  # an address, or weights, that cannot be used
         print(f"mnist-grpc-server: {error}", file=sys.stderr)
         return 1

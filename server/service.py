@@ -14,15 +14,18 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 from server.answers import build_response
 from server.batching import Answer, DeadlineExpired, DynamicBatcher, QueueClosed, QueueFull
 from server.errors import DeadlineExceeded, Internal, InvalidArgument, NotServing, Overloaded, ServiceError
-from server.inference import Classifier, Scores
 from server.inputs import Inputs, Rows, count_images, decode, read_buffer
 from server.settings import Settings
 from server.version import server_version
+
+if TYPE_CHECKING:  # torch is imported by whoever loads the model, when the port is already open
+    from server.inference import Classifier, Scores
 
 logger = logging.getLogger(__name__)
 

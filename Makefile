@@ -1,0 +1,56 @@
+# One verb a task; CI calls the same ones. `make run` and `make test` set up all
+# they need in .venv, on a machine that has nothing but Python 3.11 or newer.
+#
+#   make run ARGS="--port 6000"             flags of mnist-grpc-server
+#   make test ARGS="tests/client -k batch"  arguments of pytest
+#   make run TORCH="torch==2.13.0"          a build of torch to install first, with
+#                                           pip's options for its index where it has one
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?=
+ARGS ?=
+BIN := $(VENV)/bin
+
+.PHONY: run test lint format proto train evaluate bench client-range clean
+
+run: $(VENV)/.server
+	@exec $(BIN)/mnist-grpc-server $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/pytest -n auto $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	cd protos && ../$(BIN)/buf lint
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+proto:
+	scripts/proto
+
+train: $(VENV)/.train
+	$(BIN)/python -m trainer $(ARGS)
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m bench $(ARGS)
+
+# The client's tests at both ends of the versions that pyproject.toml claims.
+client-range: $(VENV)/.dev
+	scripts/client-range $(BIN)/python
+
+clean:
+	rm -rf $(VENV) .venv-*
+
+$(VENV)/.server: EXTRAS = server
+$(VENV)/.train: EXTRAS = server,train
+$(VENV)/.dev: EXTRAS = server,train,dev
+$(VENV)/.server $(VENV)/.train $(VENV)/.dev: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(if $(TORCH),$(BIN)/pip install $(TORCH))
+	$(BIN)/pip install -e '.[$(EXTRAS)]'
+	@touch $@
