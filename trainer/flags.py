@@ -1,0 +1,130 @@
+"""The flags and their manual, `--help`; what they do is in `cli`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+from digits.network import ARCHITECTURES
+from trainer.settings import DEVICES, TrainingSettings
+
+WEIGHTS = "mnist_model.pth"
+LAYOUT = "--data-dir has torchvision's layout: DIR/MNIST/raw/*-ubyte, each of the four files plain or with .gz."
+DEFAULTS = TrainingSettings()
+
+
+def training_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer",
+        usage="python -m trainer [train] [flags]\n       python -m trainer evaluate --weights PATH [flags]",
+        description="Train weights for the server on MNIST. The epoch with the best validation accuracy is kept, "
+        f"measured once on the test images, and written to --out: {WEIGHTS}, its manifest, metrics.json and pictures. "
+        "With the defaults that takes two to three minutes.",
+        epilog=f"{LAYOUT} On the CPU, the same seed gives the same weights, bit for bit, on the same machine with as "
+        "many threads. To measure weights: python -m trainer evaluate --help.",
+    )
+    _add_common(parser, "where to write the weights and all about them (default: runs/DATE-TIME)")
+
+    group = parser.add_argument_group("what is learnt, and how")
+    group.add_argument(
+        "--architecture",
+        choices=list(ARCHITECTURES),
+        default=DEFAULTS.architecture,
+        help=f"the network (default: {DEFAULTS.architecture})",
+    )
+    for name, metavar, text in [
+        ("epochs", "N", "passes over the training images, 1 or more"),
+        ("batch_size", "IMAGES", "images a step, 1 or more"),
+        ("learning_rate", "RATE", "the highest learning rate, reached after the warm-up; above 0"),
+        (
+            "warmup_epochs",
+            "EPOCHS",
+            "epochs of linear climb to that rate, then it falls to 0 along a cosine; 0 or more",
+        ),
+        ("momentum", "M", "of SGD (Nesterov's), from 0 to below 1"),
+        ("weight_decay", "L2", "penalty on the squares of the weights, 0 or more"),
+        ("validation_size", "IMAGES", "training images held back to choose the best epoch, 1 or more"),
+        ("patience", "EPOCHS", "stop after so many epochs without a better validation accuracy; 0: never"),
+        ("seed", "SEED", "of the split, initial weights, order, dropout and augmentation; 0 or more"),
+    ]:
+        default = getattr(DEFAULTS, name)
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=_whole if isinstance(default, int) else _number,
+            metavar=metavar,
+            default=default,
+            help=f"{text} (default: {default:g})",
+        )
+    group.add_argument(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        default=DEFAULTS.augment,
+        help="turn, scale, shear, shift and bend each image anew in every epoch (default: yes)",
+    )
+    return parser
+
+
+def evaluation_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer evaluate",
+        description="Measure weights on the MNIST test images: the accuracy, and a table by digit.",
+        epilog=f"{LAYOUT} Nothing is written but with --out.",
+    )
+    parser.add_argument("--weights", type=Path, required=True, metavar="PATH", help="a .pth file (required)")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON, for programs")
+    _add_common(parser, "also write evaluation.json and confusion.png to this folder")
+    return parser
+
+
+def settings_of(options: argparse.Namespace) -> TrainingSettings:
+    """The settings that the flags of `training_parser` give.
+
+    Raises:
+        InvalidSetting: a value breaks its rule.
+    """
+    return TrainingSettings(**{field.name: getattr(options, field.name) for field in fields(TrainingSettings)})
+
+
+def _add_common(parser: argparse.ArgumentParser, out: str) -> None:
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR", default=Path("data"), help="the data set's folder (default: data)"
+    )
+    parser.add_argument(
+        "--download",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="download the files that are missing (default: yes)",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help=out)
+    parser.add_argument(
+        "--device", type=_device, default=DEFAULTS.device, help="cpu, cuda, cuda:N or mps (default: cpu)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=_whole,
+        metavar="N",
+        default=1,
+        help="CPU threads, 1 or more; networks this small gain little from more, and lose much on a busy machine "
+        "(default: 1)",
+    )
+
+
+def _device(text: str) -> str:
+    if not DEVICES.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"takes cpu, cuda, cuda:N or mps, not {text!r}")
+    return text
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes a whole number, not {text!r}") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes a number, not {text!r}") from None
