@@ -112,8 +112,7 @@ def _torchvision_mnist() -> Any:
     except (ImportError, RuntimeError) as error:  # RuntimeError: "operator torchvision::nms does not exist"
         raise DataError(
             f"torchvision cannot be imported beside torch {torch.__version__}: {error}\n"
-            "Install the torchvision that was built for this torch, from the same index: "
-            "pip install --upgrade torch torchvision [--index-url https://download.pytorch.org/whl/cpu]"
+            "Install the torchvision that was built for this torch, from the index that this torch came from"
         ) from error
     return MNIST
 
