@@ -1,0 +1,109 @@
+"""What the tests of several packages share: real digits, and a server to talk to.
+
+The server is imported inside the fixtures, so that the client's tests also run
+where only the client is installed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import io
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def golden() -> tuple[npt.NDArray[np.uint8], list[int]]:
+    """Twenty digits written by people: canonical pixels, `uint8[20, 784]`, and what they show."""
+    from server.golden import golden_digits
+
+    pixels, labels = golden_digits()
+    pixels.flags.writeable = False
+    return pixels, labels.tolist()
+
+
+@pytest.fixture(scope="session")
+def golden_files(golden: tuple[npt.NDArray[np.uint8], list[int]]) -> list[bytes]:
+    """The golden digits as PNG files."""
+    files = []
+    for row in golden[0]:
+        buffer = io.BytesIO()
+        Image.fromarray(row.reshape(28, 28)).save(buffer, "PNG")
+        files.append(buffer.getvalue())
+    return files
+
+
+@pytest.fixture
+async def no_stray_errors() -> AsyncIterator[None]:
+    """Fail a test that leaves an exception which nobody retrieved, or a broken callback."""
+    stray: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: stray.append(context))
+    gc.freeze()  # only what the test makes is then looked through; torch alone brings a million objects
+    yield
+    gc.collect()
+    gc.unfreeze()
+    await asyncio.sleep(0)
+    assert not stray
+
+
+@pytest.fixture
+async def running_server() -> AsyncIterator[str]:
+    """The address of a server on the embedded weights, in the test's own event loop.
+
+    It answers only while that loop runs: a synchronous client calls it from
+    `asyncio.to_thread`, or uses `server_process`.
+    """
+    from server.app import build_server
+    from server.settings import Settings
+
+    server, port = build_server(Settings(port=0))
+    await server.start()
+    await server.load()
+    yield f"127.0.0.1:{port}"
+    await server.stop(grace=0)
+
+
+@pytest.fixture
+def server_process() -> Iterator[Callable[..., tuple[str, subprocess.Popen[str]]]]:
+    """Start `python -m server` on a free port; give its address once it serves, and the process.
+
+    `server_process(*flags, wait=True, **environment)`; with `wait=False` the
+    address is empty and stdout is still to be read.
+    """
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(*flags: str, wait: bool = True, **environment: str) -> tuple[str, subprocess.Popen[str]]:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("MNIST_GRPC_")}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "server", *(() if "--port" in flags else ("--port", "0")), *flags],
+            env=inherited | {"PYTHONPATH": str(ROOT)} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        if not wait:
+            return "", process
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if "serving on" not in line:
+            process.kill()
+            pytest.fail(f"the server did not start: {line}{process.communicate()[1]}")
+        return line.split()[-1], process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()

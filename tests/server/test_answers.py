@@ -1,0 +1,61 @@
+"""The shortcut to a message makes the message that protobuf would have made."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from protos.mnist.v1 import digit_classifier_pb2 as pb
+from server.answers import build_response
+from server.batching import Answer
+from server.inference import Scores
+
+
+def scores_of(rows: int, version: str = "0123456789ab") -> Scores:
+    chance = np.random.default_rng(rows)
+    logits = chance.normal(size=(rows, 10)).astype(np.float32)
+    odds = np.exp(logits)
+    probabilities: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = odds / odds.sum(axis=1, keepdims=True)
+    return Scores(logits.argmax(axis=1).astype(np.uint8), probabilities, logits, version)
+
+
+def built_the_ordinary_way(answers: list[Answer[Scores]], include_logits: bool) -> pb.ClassifyResponse:
+    response = pb.ClassifyResponse()
+    for answer in answers:
+        response.digits.extend(answer.result.digits.tolist())
+        response.probabilities.extend(answer.result.probabilities.ravel().tolist())
+        if include_logits:
+            response.logits.extend(answer.result.logits.ravel().tolist())
+    response.receipt.model_version = "0123456789ab"
+    response.receipt.batch_rows = max(answer.batch_rows for answer in answers)
+    response.receipt.queue_time.FromMicroseconds(max(round(answer.queue_seconds * 1e6) for answer in answers))
+    response.receipt.compute_time.FromMicroseconds(sum(round(answer.compute_seconds * 1e6) for answer in answers))
+    return response
+
+
+@pytest.mark.parametrize("include_logits", [False, True])
+@pytest.mark.parametrize("parts", [[1], [10], [127], [128], [300], [1, 1], [256, 256, 5]], ids=str)
+def test_a_response_equals_the_one_built_by_protobuf(parts: list[int], include_logits: bool) -> None:
+    answers = [Answer(scores_of(rows), rows + 3, 0.25 * rows, 0.5) for rows in parts]
+    response = build_response(answers, include_logits)
+    expected = built_the_ordinary_way(answers, include_logits)
+    assert response == expected
+    assert response.SerializeToString(deterministic=True) == expected.SerializeToString(deterministic=True)
+    assert len(response.digits) == sum(parts)
+    assert len(response.logits) == (10 * sum(parts) if include_logits else 0)
+
+
+def test_rows_that_are_a_slice_of_a_larger_batch_are_sent_alone() -> None:
+    whole = scores_of(10)
+    response = build_response([Answer(whole[3:5], 10, 0, 0)], True)
+    assert list(response.digits) == whole.digits[3:5].tolist()
+    assert list(response.probabilities) == whole.probabilities[3:5].ravel().tolist()
+    assert list(response.logits) == whole.logits[3:5].ravel().tolist()
+
+
+def test_the_receipt_of_a_split_request_holds_the_longest_wait_and_the_whole_computation() -> None:
+    answers = [Answer(scores_of(4), 4, 0.001, 0.5), Answer(scores_of(2), 9, 0.25, 0.25)]
+    receipt = build_response(answers, False).receipt
+    assert receipt.batch_rows == 9
+    assert receipt.queue_time.ToMilliseconds() == 250
+    assert receipt.compute_time.ToMilliseconds() == 750

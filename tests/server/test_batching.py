@@ -1,0 +1,554 @@
+"""Every rule of the batcher, with lists of ints for blocks of rows and no model."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import selectors
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.batching import Answer, DeadlineExpired, DynamicBatcher, QueueClosed, QueueFull
+
+Block = list[int]
+Batcher = DynamicBatcher[Block, Block]
+Run = Callable[[list[Block]], Sequence[Block]]
+
+pytestmark = pytest.mark.usefixtures("no_stray_errors")
+
+
+class Engine:
+    """Answers [1, 2] with [10, 20], remembers its batches, and waits to be let go when held."""
+
+    def __init__(self, *, held: bool = False) -> None:
+        self.batches: list[list[Block]] = []
+        self.threads: list[threading.Thread] = []
+        self._held = held
+        self._begun = threading.Semaphore(0)
+        self._go = threading.Semaphore(0)
+
+    def __call__(self, items: list[Block]) -> list[Block]:
+        self.batches.append(items)
+        self.threads.append(threading.current_thread())
+        self._begun.release()
+        if self._held:
+            assert self._go.acquire(timeout=20), "nobody let the engine go"
+        return [[10 * value for value in item] for item in items]
+
+    async def begun(self) -> None:
+        """Wait until one more batch has begun."""
+        assert await asyncio.to_thread(self._begun.acquire, timeout=20)
+
+    def let_go(self, batches: int = 1) -> None:
+        self._go.release(batches)
+
+    @property
+    def rows(self) -> list[list[int]]:
+        """The size of each item of each batch."""
+        return [[len(item) for item in batch] for batch in self.batches]
+
+
+def batcher_of(
+    run: Run,
+    *,
+    max_batch_size: int = 8,
+    max_wait_ms: float = 0,
+    max_queue_size: int = 100,
+    inline_size: int = 0,
+) -> Batcher:
+    return DynamicBatcher(
+        run,
+        max_batch_size=max_batch_size,
+        max_wait_ms=max_wait_ms,
+        max_queue_size=max_queue_size,
+        inline_size=inline_size,
+    )
+
+
+def results(answers: Sequence[Answer[Block]]) -> list[Block]:
+    return [answer.result for answer in answers]
+
+
+class _ClockSelector(selectors.SelectSelector):
+    """Where the loop would wait for a timer, its clock jumps instead."""
+
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is not None and timeout > 0:
+            self.now += timeout
+            timeout = 0
+        return super().select(timeout)
+
+
+def in_virtual_time(scenario: Coroutine[Any, Any, None]) -> None:
+    """Run a scenario whose clock starts at 0 and stands still while anything is to be done. No threads."""
+
+    def make_loop() -> asyncio.AbstractEventLoop:
+        selector = _ClockSelector()
+        loop = asyncio.SelectorEventLoop(selector)
+        loop.time = lambda: selector.now  # type: ignore[method-assign]
+        return loop
+
+    with asyncio.Runner(loop_factory=make_loop) as runner:
+        runner.run(scenario)
+
+
+def now() -> float:
+    return round(asyncio.get_running_loop().time(), 6)
+
+
+# Work-conserving --------------------------------------------------------------
+
+
+async def test_an_idle_engine_runs_a_lone_item_at_once() -> None:
+    engine = Engine()
+    async with batcher_of(engine) as batcher:
+        answer = await batcher.submit([1, 2])
+    assert (answer.result, answer.batch_rows) == ([10, 20], 2)
+    assert engine.batches == [[[1, 2]]]
+
+
+async def test_items_that_come_while_a_batch_runs_make_up_the_next_one() -> None:
+    engine = Engine(held=True)
+    async with batcher_of(engine) as batcher:
+        futures = batcher.enqueue([[1]])
+        await engine.begun()
+        for value in (2, 3, 4):
+            futures += batcher.enqueue([[value]])
+        engine.let_go(2)
+        answers = await asyncio.gather(*futures)
+    assert engine.batches == [[[1]], [[2], [3], [4]]]
+    assert results(answers) == [[10], [20], [30], [40]]
+    assert [answer.batch_rows for answer in answers] == [1, 3, 3, 3]
+
+
+async def test_a_batch_is_cut_in_order_before_the_item_that_no_longer_fits() -> None:
+    engine = Engine(held=True)
+    async with batcher_of(engine, max_batch_size=8) as batcher:
+        first = batcher.enqueue([[0]])
+        await engine.begun()
+        sizes = [3, 3, 3, 2, 8, 1]
+        rest = batcher.enqueue([[number] * size for number, size in enumerate(sizes)])
+        engine.let_go(5)
+        answers = await asyncio.gather(*first, *rest)
+    assert engine.rows == [[1], [3, 3], [3, 2], [8], [1]]
+    assert results(answers)[1:] == [[10 * number] * size for number, size in enumerate(sizes)]
+
+
+@given(sizes=st.lists(st.integers(1, 8), max_size=40), max_batch_size=st.integers(8, 20))
+def test_every_cut_takes_all_that_fits_and_keeps_the_order(sizes: list[int], max_batch_size: int) -> None:
+    expected: list[list[int]] = []
+    for size in sizes:
+        if expected and sum(expected[-1]) + size <= max_batch_size:
+            expected[-1].append(size)
+        else:
+            expected.append([size])
+
+    async def scenario() -> None:
+        engine = Engine()
+        async with batcher_of(engine, max_batch_size=max_batch_size, max_queue_size=1000, inline_size=20) as batcher:
+            answers = await asyncio.gather(*batcher.enqueue([[n] * size for n, size in enumerate(sizes)]))
+        assert engine.rows == expected
+        assert results(answers) == [[10 * n] * size for n, size in enumerate(sizes)]
+
+    in_virtual_time(scenario())
+
+
+# The window -------------------------------------------------------------------
+
+
+def test_the_window_opens_with_the_first_item_and_gathers_the_others() -> None:
+    async def scenario() -> None:
+        starts: list[float] = []
+        engine = Engine()
+
+        def run(items: list[Block]) -> list[Block]:
+            starts.append(now())
+            return engine(items)
+
+        async with batcher_of(run, max_wait_ms=10, inline_size=8) as batcher:
+            await asyncio.sleep(5)
+            futures = batcher.enqueue([[1]])
+            await asyncio.sleep(0.009)
+            futures += batcher.enqueue([[2]])
+            answers = await asyncio.gather(*futures)
+        assert starts == [5.01]
+        assert engine.batches == [[[1], [2]]]
+        assert [round(answer.queue_seconds, 6) for answer in answers] == [0.01, 0.001]
+
+    in_virtual_time(scenario())
+
+
+def test_the_window_closes_when_the_batch_is_full() -> None:
+    async def scenario() -> None:
+        engine = Engine()
+        async with batcher_of(engine, max_batch_size=4, max_wait_ms=60_000, inline_size=4) as batcher:
+            futures = batcher.enqueue([[1, 2], [3]])
+            await asyncio.sleep(1)
+            assert engine.batches == []
+            await asyncio.gather(*futures, *batcher.enqueue([[4]]))
+            assert now() == 1
+        assert engine.batches == [[[1, 2], [3], [4]]]
+
+    in_virtual_time(scenario())
+
+
+def test_a_window_whose_first_item_was_cancelled_is_that_of_the_next_item() -> None:
+    async def scenario() -> None:
+        engine = Engine()
+        async with batcher_of(engine, max_wait_ms=10, inline_size=8) as batcher:
+            (gone,) = batcher.enqueue([[1]])
+            await asyncio.sleep(0.009)
+            (kept,) = batcher.enqueue([[2]])
+            gone.cancel()
+            await kept
+            assert now() == 0.019
+        assert engine.batches == [[[2]]]
+
+    in_virtual_time(scenario())
+
+
+def test_the_window_does_not_use_up_an_items_deadline() -> None:
+    async def scenario() -> None:
+        async with batcher_of(Engine(), max_wait_ms=10, inline_size=8) as batcher:
+            answer = await batcher.submit([1], deadline=0.005)
+            assert answer.result == [10]
+            assert now() <= 0.005
+
+    in_virtual_time(scenario())
+
+
+def test_closing_closes_the_window() -> None:
+    async def scenario() -> None:
+        batcher = batcher_of(Engine(), max_wait_ms=60_000, inline_size=8)
+        async with batcher:
+            (future,) = batcher.enqueue([[1]])
+            await asyncio.sleep(1)
+        assert (await future).result == [10]
+        assert now() == 1
+
+    in_virtual_time(scenario())
+
+
+# Callers who leave, deadlines that pass -----------------------------------------
+
+
+async def test_a_cancelled_caller_is_not_computed_and_makes_room_at_once() -> None:
+    engine = Engine(held=True)
+    async with batcher_of(engine, max_queue_size=5) as batcher:
+        (running,) = batcher.enqueue([[1]])
+        await engine.begun()
+        gone, kept = batcher.enqueue([[2, 2, 2], [3, 3]])
+        assert batcher.queued_rows == 5
+        gone.cancel()
+        await asyncio.sleep(0)
+        assert batcher.queued_rows == 2
+        (late,) = batcher.enqueue([[4, 4, 4]])
+        engine.let_go(2)
+        assert results(await asyncio.gather(running, kept, late)) == [[10], [30, 30], [40, 40, 40]]
+    assert engine.batches == [[[1]], [[3, 3], [4, 4, 4]]]
+    assert batcher.queued_rows == 0
+
+
+async def test_cancelling_the_task_that_submits_cancels_its_item() -> None:
+    engine = Engine(held=True)
+    async with batcher_of(engine) as batcher:
+        running = asyncio.create_task(batcher.submit([1]))
+        await engine.begun()
+        gone = asyncio.create_task(batcher.submit([2]))
+        await asyncio.sleep(0)
+        assert batcher.queued_rows == 1
+        gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        await asyncio.sleep(0)
+        assert batcher.queued_rows == 0
+        engine.let_go()
+        await running
+    assert engine.batches == [[[1]]]
+
+
+async def test_a_caller_who_leaves_while_its_batch_is_computed_harms_nobody() -> None:
+    engine = Engine(held=True)
+    async with batcher_of(engine) as batcher:
+        (first,) = batcher.enqueue([[0]])
+        await engine.begun()
+        gone, kept = batcher.enqueue([[1], [2]])
+        engine.let_go()
+        await first
+        await engine.begun()
+        gone.cancel()
+        engine.let_go()
+        assert (await kept).result == [20]
+        engine.let_go()
+        assert (await batcher.submit([3])).result == [30]
+    assert engine.batches == [[[0]], [[1], [2]], [[3]]]
+
+
+async def test_an_item_whose_deadline_has_passed_is_not_computed() -> None:
+    engine = Engine(held=True)
+    async with batcher_of(engine) as batcher:
+        (running,) = batcher.enqueue([[1]])
+        await engine.begun()
+        loop_time = asyncio.get_running_loop().time()
+        (late,) = batcher.enqueue([[2]], deadline=loop_time - 1)
+        (in_time,) = batcher.enqueue([[3]], deadline=loop_time + 60)
+        engine.let_go(2)
+        await running
+        with pytest.raises(DeadlineExpired, match="waited in the queue"):
+            await late
+        assert (await in_time).result == [30]
+    assert engine.batches == [[[1]], [[3]]]
+    assert batcher.queued_rows == 0
+
+
+async def test_a_queue_of_expired_items_is_cleared_without_a_batch() -> None:
+    engine = Engine()
+    async with batcher_of(engine) as batcher:
+        futures = batcher.enqueue([[1], [2], [3]], deadline=asyncio.get_running_loop().time())
+        failures = await asyncio.gather(*futures, return_exceptions=True)
+        assert [type(failure) for failure in failures] == [DeadlineExpired] * 3
+    assert engine.batches == []
+
+
+# Failing batches ------------------------------------------------------------------
+
+
+async def test_a_batch_that_raises_fails_its_own_callers_and_the_loop_goes_on() -> None:
+    engine = Engine(held=True)
+
+    def run(items: list[Block]) -> list[Block]:
+        answers = engine(items)
+        if [13] in items:
+            raise RuntimeError("thirteen")
+        return answers
+
+    async with batcher_of(run, max_batch_size=2) as batcher:
+        futures = batcher.enqueue([[1]])
+        await engine.begun()
+        futures += batcher.enqueue([[13], [2], [3], [4]])
+        engine.let_go(3)
+        outcomes = await asyncio.gather(*futures, return_exceptions=True)
+    assert [getattr(outcome, "result", str(outcome)) for outcome in outcomes] == [
+        [10],
+        "thirteen",
+        "thirteen",
+        [30],
+        [40],
+    ]
+
+
+@pytest.mark.parametrize("inline_size", [0, 8])
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [([], r"returned results of \[\] rows"), ([[1], [2]], r"\[1, 1\]"), ([[1, 2, 3]], r"\[3\]"), ([[1]], r"\[1\]")],
+    ids=["none", "too many", "too many rows", "too few rows"],
+)
+async def test_results_of_the_wrong_size_fail_only_their_batch(wrong: list[Block], told: str, inline_size: int) -> None:
+    engine = Engine()
+    async with batcher_of(lambda items: wrong if items == [[1, 1]] else engine(items), inline_size=inline_size) as good:
+        with pytest.raises(RuntimeError, match=r"items of \[2\] rows.*" + told):
+            await good.submit([1, 1])
+        assert (await good.submit([2])).result == [20]
+
+
+async def test_a_failing_batch_is_logged_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    def run(items: list[Block]) -> list[Block]:
+        raise RuntimeError("broken engine")
+
+    async with batcher_of(run) as batcher:
+        with pytest.raises(RuntimeError):
+            await batcher.submit([1, 2])
+    assert "a batch of 2 rows failed" in caplog.text
+    assert "RuntimeError: broken engine" in caplog.text
+
+
+async def test_failing_batches_leave_the_loop_free_between_them() -> None:
+    order: list[str] = []
+
+    def run(items: list[Block]) -> list[Block]:
+        order.append("batch")
+        raise RuntimeError
+
+    async with batcher_of(run, max_batch_size=1, inline_size=1) as batcher:
+        futures = batcher.enqueue([[1], [2], [3]])
+        futures[0].add_done_callback(lambda _: order.append("first told"))
+        await asyncio.gather(*futures, return_exceptions=True)
+    assert order == ["batch", "first told", "batch", "batch"]
+
+
+# A full queue, bad items -----------------------------------------------------------
+
+
+async def test_a_full_queue_refuses_at_once_and_names_the_numbers() -> None:
+    engine = Engine(held=True)
+    async with batcher_of(engine, max_queue_size=4) as batcher:
+        futures = batcher.enqueue([[0]])
+        await engine.begun()
+        futures += batcher.enqueue([[1, 1, 1]])
+        with pytest.raises(QueueFull, match=r"holds 3 of at most 4 rows: no room for 2 more"):
+            batcher.enqueue([[2, 2]])
+        futures += batcher.enqueue([[3]])
+        with pytest.raises(QueueFull, match=r"holds 4 of at most 4 rows: no room for 1 more"):
+            await batcher.submit([4])
+        engine.let_go(2)
+        assert results(await asyncio.gather(*futures)) == [[0], [10, 10, 10], [30]]
+
+
+async def test_items_go_in_together_or_not_at_all() -> None:
+    engine = Engine()
+    async with batcher_of(engine, max_queue_size=4) as batcher:
+        with pytest.raises(QueueFull):
+            batcher.enqueue([[1, 1], [2, 2], [3]])
+        with pytest.raises(ValueError, match="this one has 0"):
+            batcher.enqueue([[1], []])
+        assert batcher.queued_rows == 0
+    assert engine.batches == []
+
+
+@pytest.mark.parametrize("rows", [0, 9])
+async def test_an_item_has_a_row_and_fits_a_batch(rows: int) -> None:
+    async with batcher_of(Engine(), max_batch_size=8) as batcher:
+        with pytest.raises(ValueError, match=f"an item has 1 to 8 rows, this one has {rows}"):
+            await batcher.submit([1] * rows)
+
+
+# Closing --------------------------------------------------------------------------
+
+
+async def test_closing_refuses_what_is_new_and_finishes_what_waits() -> None:
+    engine = Engine(held=True)
+    async with batcher_of(engine, max_batch_size=2) as batcher:
+        futures = batcher.enqueue([[1]])
+        await engine.begun()
+        futures += batcher.enqueue([[2], [3], [4]])
+        closing = asyncio.create_task(batcher.close())
+        await asyncio.sleep(0)
+        with pytest.raises(QueueClosed):
+            batcher.enqueue([[5]])
+        with pytest.raises(QueueClosed):
+            await batcher.submit([5])
+        engine.let_go(3)
+        await closing
+        assert all(future.done() for future in futures)
+        assert results([future.result() for future in futures]) == [[10], [20], [30], [40]]
+    assert engine.batches == [[[1]], [[2], [3]], [[4]]]
+
+
+async def test_closing_an_idle_batcher_ends_and_may_be_repeated() -> None:
+    batcher = batcher_of(Engine())
+    async with batcher:
+        await batcher.close()
+    await batcher.close()
+
+
+# Inline and in the thread ----------------------------------------------------------
+
+
+async def test_small_batches_run_on_the_loop_and_larger_ones_in_a_thread() -> None:
+    engine = Engine()
+    async with batcher_of(engine, inline_size=2) as batcher:
+        await batcher.submit([1, 2])
+        await batcher.submit([1, 2, 3])
+    assert engine.threads[0] is threading.current_thread()
+    assert engine.threads[1] is not threading.current_thread()
+
+
+async def test_one_batch_runs_at_a_time() -> None:
+    running = threading.Lock()
+
+    def run(items: list[Block]) -> list[Block]:
+        assert running.acquire(blocking=False), "two batches at once"
+        try:
+            return items
+        finally:
+            running.release()
+
+    async with batcher_of(run, max_batch_size=3, inline_size=1, max_queue_size=1000) as batcher:
+        blocks = [[n] * (n % 3 + 1) for n in range(300)]
+        assert results(await asyncio.gather(*map(batcher.submit, blocks))) == blocks
+
+
+async def test_callers_of_an_inline_batch_are_answered_before_the_next_batch_runs() -> None:
+    order: list[str] = []
+
+    def run(items: list[Block]) -> list[Block]:
+        order.append(f"batch {items[0][0]}")
+        return items
+
+    async with batcher_of(run, max_batch_size=1, inline_size=1) as batcher:
+
+        async def call(value: int) -> None:
+            await batcher.submit([value])
+            order.append(f"answer {value}")
+
+        await asyncio.gather(call(1), call(2))
+    assert order == ["batch 1", "answer 1", "batch 2", "answer 2"]
+
+
+# All of it at once -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_wait_ms", [0, 1])
+@pytest.mark.parametrize("inline_size", [0, 4, 8])
+async def test_in_any_weather_each_survivor_gets_its_own_rows_and_nobody_hangs(
+    inline_size: int, max_wait_ms: float
+) -> None:
+    chance = random.Random(f"{inline_size} {max_wait_ms}")
+    engine = Engine()
+    failed: set[int] = set()
+
+    def run(items: list[Block]) -> list[Block]:
+        answers = engine(items)
+        lot = (items[0][0] * 7919) % 100
+        if lot < 8:
+            failed.update(item[0] for item in items)
+            if lot < 4:
+                raise RuntimeError("bad weather")
+            return answers[:-1]
+        return answers
+
+    outcomes = dict.fromkeys(("answered", "failed", "cancelled", "expired", "refused"), 0)
+
+    async def call(number: int) -> None:
+        block = [number] * chance.randint(1, 8)
+        deadline = asyncio.get_running_loop().time() - 1 if chance.random() < 0.05 else None
+        for _ in range(chance.randint(0, 200)):
+            await asyncio.sleep(0)
+        task = asyncio.create_task(batcher.submit(block, deadline=deadline))
+        if chance.random() < 0.2:
+            for _ in range(chance.randint(0, 20)):
+                await asyncio.sleep(0)
+            task.cancel()
+        try:
+            answer = await task
+        except asyncio.CancelledError:
+            outcomes["cancelled"] += 1
+        except DeadlineExpired:
+            assert deadline is not None
+            outcomes["expired"] += 1
+        except QueueFull:
+            outcomes["refused"] += 1
+        except RuntimeError:
+            assert number in failed
+            outcomes["failed"] += 1
+        else:
+            assert answer.result == [10 * number] * len(block)
+            assert len(block) <= answer.batch_rows <= 8
+            assert number not in failed
+            outcomes["answered"] += 1
+
+    async with batcher_of(run, max_queue_size=2000, inline_size=inline_size, max_wait_ms=max_wait_ms) as batcher:
+        async with asyncio.timeout(60):
+            await asyncio.gather(*(call(number) for number in range(2000)))
+        await asyncio.sleep(0)
+        assert batcher.queued_rows == 0
+    assert sum(outcomes.values()) == 2000
+    assert all(outcomes[kind] > 0 for kind in ("answered", "failed", "cancelled", "expired"))
+    assert all(1 <= sum(sizes) <= 8 for sizes in engine.rows)

@@ -1,0 +1,138 @@
+"""Serving says what plain torch says of the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from digits.checkpoint import Checkpoint, InvalidCheckpoint, Manifest, load_checkpoint, save_checkpoint
+from digits.network import ImprovedNN
+from digits.preprocessing import normalize
+from server.inference import Classifier, UnfitModel, check_golden, load_classifier
+from server.inputs import Rows
+from server.settings import EMBEDDED_WEIGHTS
+
+Golden = tuple[npt.NDArray[np.uint8], list[int]]
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (20, 784), np.uint8)
+
+
+def classifier_of(manifest: Manifest | None = None) -> Classifier:
+    torch.manual_seed(0)
+    return Classifier(Checkpoint(ImprovedNN(), manifest or Manifest(), "0123456789ab" + 52 * "0"))
+
+
+@torch.inference_mode()
+def logits_of_plain_torch(network: torch.nn.Module, pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
+    """As a person would write it: ToTensor, Normalize(0.5, 0.5), flatten, network."""
+    scaled = (torch.from_numpy(pixels.copy()).float() / 255 - 0.5) / 0.5
+    logits: torch.Tensor = network.eval()(scaled)
+    return logits
+
+
+@pytest.mark.parametrize("form", ["pixels", "features", "features that may not be written to"])
+def test_the_embedded_weights_say_what_plain_torch_says_of_them(form: str, golden: Golden) -> None:
+    classifier = load_classifier(EMBEDDED_WEIGHTS, max_batch_size=32)
+    rows: Rows = golden[0] if form == "pixels" else normalize(golden[0])
+    rows.flags.writeable = form == "features"
+    scores = classifier.predict(rows)
+    expected = logits_of_plain_torch(load_checkpoint(EMBEDDED_WEIGHTS).network, golden[0])
+    temperature = classifier.checkpoint.manifest.temperature
+    np.testing.assert_allclose(scores.logits, expected.numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(scores.probabilities, torch.softmax(expected / temperature, 1).numpy(), atol=1e-6)
+    assert scores.digits.tolist() == expected.argmax(1).tolist()
+    assert (scores.digits == golden[1]).mean() >= 0.9
+    assert scores.model_version == classifier.checkpoint.sha256[:12]
+
+
+def test_scores_have_the_types_of_their_docstring_and_probabilities_sum_to_one() -> None:
+    scores = classifier_of().predict(PIXELS[:3])
+    assert (scores.digits.shape, str(scores.digits.dtype)) == ((3,), "uint8")
+    assert (scores.probabilities.shape, str(scores.probabilities.dtype)) == ((3, 10), "float32")
+    assert (scores.logits.shape, str(scores.logits.dtype)) == ((3, 10), "float32")
+    np.testing.assert_allclose(scores.probabilities.sum(axis=1), 1, atol=1e-6)
+    assert len(scores) == 3
+
+
+def test_inference_is_without_dropout_and_repeats_itself() -> None:
+    classifier = classifier_of()
+    assert np.array_equal(classifier.predict(PIXELS).logits, classifier.predict(PIXELS).logits)
+
+
+def test_a_batch_of_blocks_is_split_back_into_the_same_blocks() -> None:
+    classifier = classifier_of()
+    blocks: list[Rows] = [PIXELS[:1], PIXELS[1:4], PIXELS[4:20]]
+    for block, scores in zip(blocks, classifier.run_batch(blocks), strict=True):
+        alone = classifier.predict(block)
+        assert len(scores) == len(block)
+        np.testing.assert_allclose(scores.logits, alone.logits, rtol=1e-4, atol=1e-4)
+        assert scores.digits.tolist() == alone.digits.tolist()
+        assert scores.model_version == "0123456789ab"
+
+
+def test_pixels_and_features_share_a_batch() -> None:
+    classifier = classifier_of(Manifest(mean=0.1307, std=0.3081))
+    blocks: list[Rows] = [PIXELS[:2], normalize(PIXELS[2:5], 0.1307, 0.3081), PIXELS[5:6]]
+    together = classifier.run_batch(blocks)
+    logits = np.concatenate([scores.logits for scores in together])
+    np.testing.assert_allclose(logits, classifier.predict(PIXELS[:6]).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_block_alone_in_its_batch_is_answered_as_one() -> None:
+    (scores,) = classifier_of().run_batch([PIXELS[:7]])
+    assert len(scores) == 7
+
+
+def test_the_manifests_normalisation_is_used() -> None:
+    plain, other = classifier_of(), classifier_of(Manifest(mean=0.1307, std=0.3081))
+    assert not np.allclose(plain.predict(PIXELS).logits, other.predict(PIXELS).logits)
+    np.testing.assert_allclose(
+        other.predict(PIXELS).logits, plain.predict(normalize(PIXELS, 0.1307, 0.3081)).logits, rtol=1e-5
+    )
+
+
+def test_temperature_softens_probabilities_and_leaves_logits_and_digits() -> None:
+    sharp, soft = classifier_of().predict(PIXELS), classifier_of(Manifest(temperature=4.0)).predict(PIXELS)
+    assert np.array_equal(sharp.logits, soft.logits)
+    assert np.array_equal(sharp.digits, soft.digits)
+    expected = torch.softmax(torch.from_numpy(sharp.logits) / 4, dim=1).numpy()
+    np.testing.assert_allclose(soft.probabilities, expected, atol=1e-6)
+    assert (soft.probabilities.max(axis=1) < sharp.probabilities.max(axis=1)).all()
+
+
+def test_a_network_that_was_never_trained_is_not_served(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = tmp_path / "mnist_model.pth"
+    save_checkpoint(weights, ImprovedNN(), Manifest())
+    with pytest.raises(UnfitModel, match=r"mnist_model.pth: .* at least 90% of the 20 golden digits, .* reads \d+$"):
+        load_classifier(weights, max_batch_size=4)
+
+
+def test_a_network_whose_answers_are_not_finite_is_not_served() -> None:
+    classifier = load_classifier(EMBEDDED_WEIGHTS, max_batch_size=4)
+    with torch.no_grad():
+        classifier.checkpoint.network.get_parameter("fc3.bias")[3] = float("inf")
+    with pytest.raises(UnfitModel):
+        check_golden(classifier, "weights")
+
+
+def test_a_bare_state_dict_made_elsewhere_is_served(tmp_path: Path, golden: Golden) -> None:
+    weights = tmp_path / "mnist_model.pth"
+    torch.save(load_checkpoint(EMBEDDED_WEIGHTS).network.state_dict(), weights)
+    scores = load_classifier(weights, max_batch_size=4).predict(golden[0])
+    assert (scores.digits == golden[1]).mean() >= 0.9
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda:99", "meta"])
+def test_a_device_that_cannot_be_used_is_named(device: str) -> None:
+    with pytest.raises(UnfitModel, match=f"^device '{device}' cannot be used: "):
+        load_classifier(EMBEDDED_WEIGHTS, device=device, max_batch_size=4)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidCheckpoint, match=r"absent\.pth: cannot be read: No such file"):
+        load_classifier(tmp_path / "absent.pth", max_batch_size=4)
