@@ -14,9 +14,7 @@ import io
 import json
 import math
 import os
-import pickle
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -156,7 +154,7 @@ def _read_manifest(path: Path) -> Manifest:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return Manifest()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidCheckpoint(f"{path}: a manifest is a JSON file: {error}") from error
     if not isinstance(values, dict):
         raise InvalidCheckpoint(f"{path}: a manifest is a JSON object, this is a {type(values).__name__}")
@@ -169,11 +167,19 @@ def _read_manifest(path: Path) -> Manifest:
 
     def number(key: str) -> float:
         value = values.get(key)
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        return float(value) if ok and value is not None else math.nan
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return math.nan
+        try:
+            return float(value) if math.isfinite(value) else math.nan
+        except OverflowError:
+            return math.nan
 
     architecture, labels = values.get("architecture"), values.get("labels")
-    require("architecture", f"one of {', '.join(ARCHITECTURES)}", architecture in ARCHITECTURES)
+    require(
+        "architecture",
+        f"one of {', '.join(ARCHITECTURES)}",
+        isinstance(architecture, str) and architecture in ARCHITECTURES,
+    )
     require("mean", "a finite number", not math.isnan(number("mean")))
     require("std", "a number above 0", number("std") > 0)
     require("temperature", "a number above 0", number("temperature") > 0)
@@ -195,7 +201,7 @@ def _read_manifest(path: Path) -> Manifest:
 def _read_state_dict(path: Path, content: bytes) -> Mapping[str, Tensor]:
     try:
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of a damaged file, torch.load raises nearly anything
         raise InvalidCheckpoint(
             f"{path}: a weights file is a state dict written by torch.save; these {len(content)} bytes are "
             f"truncated, damaged, or a pickle of something else ({type(error).__name__})"
@@ -227,6 +233,10 @@ def _checked(
             )
         if not tensor.is_floating_point():
             raise InvalidCheckpoint(f"{path}: {key} holds floating-point numbers, not {tensor.dtype}")
-        if not bool(torch.isfinite(tensor).all()):
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            raise InvalidCheckpoint(
+                f"{path}: {key} is a dense tensor with values, not {tensor.layout} on {tensor.device}"
+            )
+        if not bool(torch.isfinite(tensor.to(torch.float32)).all()):
             raise InvalidCheckpoint(f"{path}: {key} holds finite numbers, but NaN or infinity stands in it")
     return {key: tensor.to(torch.float32) for key, tensor in given.items()}

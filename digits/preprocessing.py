@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, TypeAlias
@@ -37,8 +39,11 @@ MEAN = 0.5
 STD = 0.5
 """`features = (pixel / 255 - MEAN) / STD` unless a model's manifest says otherwise."""
 
-MAX_IMAGE_PIXELS = 64_000_000
-"""Larger images are refused before they are decoded."""
+MAX_IMAGE_PIXELS = 24_000_000
+"""Larger files are refused before they are decoded, which would take seconds and a gigabyte."""
+
+MAX_JPEG_PIXELS = 64_000_000
+"""The same for JPEG, which is decoded at an eighth of its size, and for arrays and PIL images."""
 
 MIN_SIDE = 4
 """An image with a shorter side than this cannot show a digit."""
@@ -46,7 +51,7 @@ MIN_SIDE = 4
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")
 """File formats that are opened."""
 
-_WORKING_SIDE = 280
+_WORKING_SIDE = 280  # to which pictures are shrunk before their ink is measured
 _MIN_CONTRAST = 16  # of 255: less than this between paper and ink is a blank image
 _CANONICAL_CENTER = (13.4, 14.6)  # measured on MNIST's 70,000 images: 13.48 to 14.50
 _CANONICAL_SIDES = (19, 20)  # measured: 20, and 19 in 16 images
@@ -78,7 +83,7 @@ def to_pixels(image: ImageLike) -> npt.NDArray[np.uint8]:
     """
     grey = _grey_of_array(image) if _is_array(image) else _grey_of_file(image)
     if is_canonical(grey):
-        return grey
+        return grey.copy()  # never the caller's own memory
     ink = _bright_on_black(grey)
     if is_canonical(ink):
         return ink
@@ -121,11 +126,12 @@ def _is_array(image: object) -> bool:
 
 
 def _grey_of_array(image: Any) -> GreyImage:
-    array = np.asarray(image)
+    with _reading("the array"):
+        array = np.asarray(image)
     given = f"{array.dtype}{list(array.shape)}"
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         raise InvalidImage(f"an array has the shape [h, w] or [h, w, 1|3|4], this one is {given}")
-    _check_size(array.shape[1], array.shape[0])
+    _check_size(array.shape[1], array.shape[0], MAX_JPEG_PIXELS)
     if np.issubdtype(array.dtype, np.floating):
         if not (low := float(array.min())) >= 0 or not (high := float(array.max())) <= 1:
             bad = low if not low >= 0 else high
@@ -142,27 +148,43 @@ def _grey_of_array(image: Any) -> GreyImage:
 
 def _grey_of_file(image: Any) -> GreyImage:
     if isinstance(image, Image.Image):
-        _check_size(*image.size)
+        _check_size(*image.size, MAX_JPEG_PIXELS)
         with _reading("the image"):
             return _grey_of_pil(ImageOps.exif_transpose(image))
     name = repr(os.fspath(image)) if isinstance(image, (str, os.PathLike)) else "the file"
     if isinstance(image, (bytes, bytearray, memoryview)):
         if not len(image):
             raise InvalidImage("the file is empty (0 bytes)")
-        image = io.BytesIO(image)
+        with _reading("the file"):
+            image = io.BytesIO(image)
     elif not isinstance(image, (str, os.PathLike)) and not hasattr(image, "read"):
         raise InvalidImage(
             "an image is a path, the bytes of a file, a binary file object, a PIL image or an array; "
             f"this is of type {type(image).__name__}"
         )
     with _reading(name), Image.open(image, formats=FORMATS) as opened:
-        _check_size(*opened.size)
-        frames = getattr(opened, "n_frames", 1)
-        if frames != 1 and opened.format != "MPO":  # a phone's JPEG with previews behind it
-            raise InvalidImage(f"an image file has a single frame, {name} ({opened.format}) has {frames}")
+        _check_size(*opened.size, MAX_JPEG_PIXELS if opened.format in ("JPEG", "MPO") else MAX_IMAGE_PIXELS)
+        # Not n_frames: to count the pages of a TIFF takes time quadratic in their number.
+        if getattr(opened, "is_animated", False) and opened.format != "MPO":  # a phone's JPEG with previews behind it
+            raise InvalidImage(f"an image file has a single frame, {name} ({opened.format}) has several")
         # A JPEG decodes at 1/2, 1/4 or 1/8 of its size for much less work.
         opened.draft(None, (2 * _WORKING_SIDE, 2 * _WORKING_SIDE))
         return _grey_of_pil(ImageOps.exif_transpose(opened))
+
+
+_RAISED_BY_BROKEN_FILES = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    TypeError,
+    IndexError,
+    OverflowError,
+    RuntimeError,
+    BufferError,
+    struct.error,
+    Warning,  # where warnings are errors
+)
 
 
 @contextmanager
@@ -174,15 +196,19 @@ def _reading(name: str) -> Iterator[None]:
         raise
     except UnidentifiedImageError as error:
         raise InvalidImage(f"{name} is no image file of a known format ({', '.join(FORMATS)})") from error
-    except Image.DecompressionBombError as error:
-        raise InvalidImage(f"{name} is too large: {error}") from error
-    except (OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError, OverflowError) as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        # Pillow's own limit, checked before ours can be; its message begins with the number of pixels.
+        found = re.search(r"\d+", str(error))
+        raise InvalidImage(
+            f"an image has at most {MAX_JPEG_PIXELS} pixels, {name} has {found[0] if found else 'more'}"
+        ) from error
+    except _RAISED_BY_BROKEN_FILES as error:
         raise InvalidImage(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_IMAGE_PIXELS:
-        raise InvalidImage(f"an image has at most {MAX_IMAGE_PIXELS} pixels, this one has {width}x{height}")
+def _check_size(width: int, height: int, limit: int) -> None:
+    if width * height > limit:
+        raise InvalidImage(f"an image has at most {limit} pixels, this one has {width}x{height}")
     if min(width, height) < MIN_SIDE:
         raise InvalidImage(f"an image is at least {MIN_SIDE}x{MIN_SIDE} pixels, this one is {width}x{height}")
 
@@ -227,26 +253,41 @@ def _bright_on_black(grey: GreyImage) -> GreyImage:
         )
     border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
     paper = float(np.median(border))
-    darkest, brightest = np.percentile(grey, [0.5, 99.5])
-    return 255 - grey if paper - darkest > brightest - paper else grey
+    small = _thumbnail(grey)  # averages noise away, keeps thin ink
+    return 255 - grey if paper - float(small.min()) > float(small.max()) - paper else grey
 
 
 def _crop_to_ink(ink: GreyImage) -> Image.Image:
     """Cut out the ink's box, paper at 0 and ink at up to 255."""
-    image = Image.fromarray(ink)
-    image.thumbnail((_WORKING_SIDE, _WORKING_SIDE), Image.Resampling.BOX)
-    ink = np.asarray(image)
-    threshold = _otsu(ink)
-    mask = ink > threshold
+    small = _thumbnail(ink)
+    if np.ptp(small) < 1:
+        raise InvalidImage(
+            f"an image of a digit shows ink also at {_WORKING_SIDE}x{_WORKING_SIDE} pixels, this one is blank there"
+        )
+    threshold = _otsu(small)
+    mask = small > threshold
     rows = np.flatnonzero(mask.any(axis=1))
     columns = np.flatnonzero(mask.any(axis=0))
-    paper = float(np.median(ink[~mask]))
-    full = float(np.percentile(ink[mask], 90))
+    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    shrunk = max(ink.shape) / max(small.shape)
+    if shrunk > 1 and max(bottom - top, right - left) < _WORKING_SIDE / 4:
+        # A small digit on a large page: look again, closer, with some paper around it.
+        margin = max(bottom - top, right - left) / 2
+        y0, y1 = max(0, round((top - margin) * shrunk)), round((bottom + margin) * shrunk)
+        x0, x1 = max(0, round((left - margin) * shrunk)), round((right + margin) * shrunk)
+        return _crop_to_ink(ink[y0:y1, x0:x1])
+    paper = float(np.median(small[~mask]))
+    full = float(np.percentile(small[mask], 90))
     # What lies nearer to the paper than to the threshold is paper's texture.
     floor = paper + 0.5 * (threshold - paper)
-    scaled = np.clip((ink.astype(np.float32) - floor) * (255 / max(full - floor, 1)), 0, 255)
-    box = scaled[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    return Image.fromarray(np.rint(box).astype(np.uint8))
+    scaled = np.clip((small.astype(np.float32) - floor) * (255 / max(full - floor, 1)), 0, 255)
+    return Image.fromarray(np.rint(scaled[top:bottom, left:right]).astype(np.uint8))
+
+
+def _thumbnail(grey: GreyImage) -> GreyImage:
+    image = Image.fromarray(grey)
+    image.thumbnail((_WORKING_SIDE, _WORKING_SIDE), Image.Resampling.BOX)
+    return np.asarray(image)
 
 
 def _otsu(grey: GreyImage) -> int:
@@ -262,10 +303,12 @@ def _otsu(grey: GreyImage) -> int:
 
 
 def _scale_to_box(image: Image.Image) -> GreyImage:
-    """Scale to a longer side of 20, aspect kept."""
+    """Scale to a longer side of 20 and a peak of 255, aspect kept."""
     scale = INK_SIDE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return np.asarray(image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC))
+    box = np.asarray(image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC))
+    full: GreyImage = np.rint(box * (255 / box.max())).astype(np.uint8)
+    return full
 
 
 def _center(box: GreyImage) -> GreyImage:

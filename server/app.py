@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import threading
 import time
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
-from protos.mnist.v1 import digit_classifier_pb2 as pb
-from protos.mnist.v1 import digit_classifier_pb2_grpc as pb_grpc
+from server import admin, servicer
+from server.errors import CannotServe
 from server.service import DigitService
-from server.servicer import DigitClassifierServicer
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -23,8 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SERVICE_NAME = pb.DESCRIPTOR.services_by_name["DigitClassifier"].full_name
-HEALTH_NAMES = ("", SERVICE_NAME)
+HEALTH_NAMES = ("", servicer.SERVICE_NAME)
 
 _TRANSPORT_MARGIN = 2
 """gRPC itself refuses messages longer than this times `max_message_bytes`, with
@@ -42,7 +40,8 @@ class DigitServer:
         """
         self._settings = settings
         self._service = DigitService(settings)
-        self._health = health.aio.HealthServicer()
+        self._health = admin.HealthServicer(HEALTH_NAMES)
+        self._reflection = admin.ReflectionServicer((servicer.SERVICE_NAME, *admin.SERVICES))
         limit = _TRANSPORT_MARGIN * settings.max_message_bytes
         self._server = grpc.aio.server(
             options=[
@@ -55,9 +54,8 @@ class DigitServer:
                 ("grpc.keepalive_permit_without_calls", 1),
             ]
         )
-        pb_grpc.add_DigitClassifierServicer_to_server(DigitClassifierServicer(self._service), self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        servicer.add_to_server(servicer.DigitClassifierServicer(self._service), self._server)
+        admin.add_to_server(self._health, self._reflection, self._server)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         try:
             self.port = self._server.add_insecure_port(f"{host}:{settings.port}")
@@ -65,12 +63,11 @@ class DigitServer:
             raise OSError(
                 f"cannot listen on {host}:{settings.port}: the address is taken, or not one of this machine"
             ) from error
+        self.address = f"{host}:{self.port}"
 
     async def start(self) -> None:
         """Listen: health answers NOT_SERVING, the methods UNAVAILABLE."""
         await self._service.__aenter__()
-        # The health servicer is born SERVING.
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
 
     async def load(self) -> None:
@@ -81,28 +78,37 @@ class DigitServer:
         """
         settings = self._settings
         start = time.monotonic()
-        classifier = await asyncio.to_thread(_load_classifier, settings)
+        classifier = await _load_classifier(settings)
         self._service.serve_model(classifier)
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._health.set_serving(True)
         logger.info("model %s ready after %.2f s", classifier.checkpoint.version, time.monotonic() - start)
 
     async def stop(self, grace: float | None = None) -> None:
         """Tell health and streams, finish accepted calls for up to `grace` seconds, end."""
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._health.end()
+        self._reflection.end()
         self._service.drain()
         await self._server.stop(self._settings.grace if grace is None else grace)
         await self._service.__aexit__()
 
-    async def _set_health(self, status: int) -> None:
-        for name in HEALTH_NAMES:
-            await self._health.set(name, status)
 
+async def _load_classifier(settings: Settings) -> Classifier:
+    """Load in a thread that the process does not wait for at its end, as weights may lie on a disk that hangs."""
+    loaded: Future[Classifier] = Future()
 
-def _load_classifier(settings: Settings) -> Classifier:
-    # Here, because torch takes seconds to import and the port can be open meanwhile.
-    from server.inference import load_classifier
+    def load() -> None:
+        # Here, because torch takes seconds to import and the port can be open meanwhile.
+        try:
+            from server.inference import load_classifier
 
-    return load_classifier(settings.weights, device=settings.device, max_batch_size=settings.max_batch_size)
+            loaded.set_result(
+                load_classifier(settings.weights, device=settings.device, max_batch_size=settings.max_batch_size)
+            )
+        except BaseException as error:
+            loaded.set_exception(error)
+
+    threading.Thread(target=load, name="load", daemon=True).start()
+    return await asyncio.wrap_future(loaded)
 
 
 def build_server(settings: Settings) -> tuple[DigitServer, int]:
@@ -111,26 +117,39 @@ def build_server(settings: Settings) -> tuple[DigitServer, int]:
     return server, server.port
 
 
+def _raise_if_failed(loading: asyncio.Task[None]) -> None:
+    if (error := loading.exception()) is None:
+        return
+    from digits.checkpoint import InvalidCheckpoint
+    from server.inference import UnfitModel
+
+    if isinstance(error, (InvalidCheckpoint, UnfitModel)):
+        raise CannotServe(str(error)) from error
+    raise error
+
+
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain.
 
     Raises:
-        OSError: the address cannot be bound.
-        InvalidCheckpoint, UnfitModel: the weights cannot be served.
+        CannotServe: the address cannot be bound, or the weights cannot be served.
     """
     told_to_stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told_to_stop.set)
-    server, port = build_server(settings)
+    try:
+        server, _ = build_server(settings)
+    except OSError as error:
+        raise CannotServe(str(error)) from error
     await server.start()
     try:
         loading = asyncio.create_task(server.load())
         stopping = asyncio.create_task(told_to_stop.wait())
         await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
-            await loading
-            print(f"serving on {settings.host}:{port}", flush=True)
+            _raise_if_failed(loading)
+            print(f"serving on {server.address}", flush=True)
             await stopping
         logger.info("draining for up to %g s", settings.grace)
     finally:

@@ -19,6 +19,7 @@ The rules, each with a test of its own in `tests/server/test_batching.py`:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence, Sized
@@ -126,12 +127,17 @@ class DynamicBatcher(Generic[Item, Result]):
     ) -> None:
         await self.close()
 
+    def hurry(self) -> None:
+        """Open no more windows, and close the one that is open."""
+        self._max_wait_seconds = 0
+        self._arrived.set()
+
     async def close(self) -> None:
         """Refuse new items, finish those that wait, then end."""
         self._closed = True
         self._arrived.set()
         if self._task is not None:
-            await self._task
+            await asyncio.shield(self._task)  # who waits here may be cancelled, the callers' answers not
         self._thread.shutdown(wait=False)
 
     def enqueue(self, items: Sequence[Item], *, deadline: float | None = None) -> list[asyncio.Future[Answer[Result]]]:
@@ -197,22 +203,24 @@ class DynamicBatcher(Generic[Item, Result]):
             batch = self._cut()
             if batch:
                 await self._answer(batch)
+                # Let the callers take their answers before the next batch is cut.
+                await asyncio.sleep(0)
 
     async def _keep_window_open(self) -> None:
-        """Wait until the first item is `max_wait_ms` old or the batch is full."""
-        if not self._max_wait_seconds:
-            return
+        """Wait until the first item is `max_wait_ms` old, an item has half of its time left, or the batch is full."""
         loop = asyncio.get_running_loop()
-        while self._queue and not self._closed and self._queued_rows < self._max_batch_size:
-            remaining = next(iter(self._queue)).arrived + self._max_wait_seconds - loop.time()
+        while self._max_wait_seconds and self._queue and not self._closed and self._queued_rows < self._max_batch_size:
+            closes = next(iter(self._queue)).arrived + self._max_wait_seconds
+            for entry in self._queue:
+                if entry.deadline is not None:
+                    closes = min(closes, (entry.arrived + entry.deadline) / 2)
+            remaining = closes - loop.time()
             if remaining <= 0:
                 return
             self._arrived.clear()
-            try:
+            with contextlib.suppress(TimeoutError):  # the first item may be another one by now
                 async with asyncio.timeout(remaining):
                     await self._arrived.wait()
-            except TimeoutError:
-                return
 
     def _cut(self) -> list[_Entry[Item, Result]]:
         """Take the next batch out of the queue, oldest first, leaving out the dead."""
@@ -244,17 +252,16 @@ class DynamicBatcher(Generic[Item, Result]):
             if rows <= self._inline_size:
                 results = self._run_batch(items)
                 compute_seconds = loop.time() - start
-                # Let the callers take their answers before the next batch is cut.
-                await asyncio.sleep(0)
             else:
                 results = await loop.run_in_executor(self._thread, self._run_batch, items)
                 compute_seconds = loop.time() - start
             _check_rows(items, results)
         except Exception as error:
-            logger.exception("a batch of %d rows failed", rows)
-            for entry in batch:
-                if not entry.future.done():
-                    entry.future.set_exception(error)
+            waiting = [entry for entry in batch if not entry.future.done()]
+            for entry in waiting:
+                entry.future.set_exception(error)
+            if not waiting:
+                logger.exception("a batch of %d rows failed, and nobody waits for it any more", rows)
             return
         for entry, result in zip(batch, results, strict=True):
             if not entry.future.done():

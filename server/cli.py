@@ -6,10 +6,12 @@ import asyncio
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from server.errors import CannotServe
 from server.settings import InvalidSetting, Settings, read_settings
 
 
@@ -20,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InvalidSetting as error:
         print(f"mnist-grpc-server: {error}", file=sys.stderr)
         return 2
+    for number in (signal.SIGTERM, signal.SIGINT):  # until the event loop takes them over
+        signal.signal(number, lambda *_: sys.exit(0))
     _configure_logging(settings)
     values = " ".join(f"{name}={value} ({sources[name]})" for name, value in asdict(settings).items())
     logging.getLogger(__name__).info("starting with %s", values)
@@ -33,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    except (OSError, ValueError) as error:  # an address, or weights, that cannot be used
+    except CannotServe as error:
         print(f"mnist-grpc-server: {error}", file=sys.stderr)
         return 1
     return 0
@@ -45,6 +49,7 @@ def _configure_logging(settings: Settings) -> None:
         handler.setFormatter(_JsonFormatter())
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.captureWarnings(True)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
 
 

@@ -65,3 +65,7 @@ class NotServing(ServiceError):
 
     code = "UNAVAILABLE"
     number = 14
+
+
+class CannotServe(Exception):
+    """The server cannot start: its address or its weights cannot be used."""

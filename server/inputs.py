@@ -18,6 +18,9 @@ from server.errors import InvalidArgument
 
 FEATURE_BYTES = 4 * PIXELS
 
+MAX_FEATURE = np.float32(1e6)
+"""No normalisation gives larger values, and they might overflow on their way through the network."""
+
 Rows: TypeAlias = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 """A block of images: pixels `uint8[n, 784]` or features `float32[n, 784]`."""
 
@@ -57,16 +60,19 @@ def read_buffer(request: pb.ClassifyRequest) -> Inputs:
         return Inputs(len(pixels), pixels)
     if form == "features":
         features = _view(form, request.features, np.dtype("<f4"), FEATURE_BYTES)
-        finite = np.isfinite(features).all(axis=1)
-        if finite.all():
+        within = np.abs(features) <= MAX_FEATURE  # NaN is not
+        good = within.all(axis=1)
+        if good.all():
             return Inputs(len(features), features)
         errors = {}
-        for row in np.flatnonzero(~finite).tolist():
-            column = int(np.flatnonzero(~np.isfinite(features[row]))[0])
+        for row in np.flatnonzero(~good).tolist():
+            column = int(np.argmin(within[row]))
             errors[row] = InvalidArgument(
-                form, f"every value is finite, but image {row} holds {features[row, column]} at position {column}"
+                form,
+                f"every value is finite and from {-MAX_FEATURE:.0f} to {MAX_FEATURE:.0f}, "
+                f"but image {row} holds {features[row, column]} at position {column}",
             )
-        return Inputs(len(features), features[finite], errors)
+        return Inputs(len(features), features[good], errors)
     raise InvalidArgument("images", "exactly one of pixels, features and encoded is set, here none is")
 
 

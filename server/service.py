@@ -60,6 +60,7 @@ class DigitService:
         self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
         self._decoding = 0  # images that wait for the decoder or are in it
         self._streams: set[_Stream] = set()
+        self._draining = False
 
     async def __aenter__(self) -> DigitService:
         await self._batcher.__aenter__()
@@ -75,6 +76,8 @@ class DigitService:
 
     def drain(self) -> None:
         """End open streams once the frames that they have sent are answered."""
+        self._draining = True
+        self._batcher.hurry()
         for stream in self._streams:
             stream.drain()
 
@@ -85,18 +88,23 @@ class DigitService:
 
         `timeout` is what is left of the caller's deadline, in seconds.
         """
+        deadline = _deadline(timeout)
         with _named_errors():
             inputs = await self._read(request)
             if inputs.errors:
                 raise inputs.errors[min(inputs.errors)]
-            return build_response(await self._submit(inputs.rows, timeout), request.include_logits)
+            return build_response(await self._submit(inputs.rows, deadline), request.include_logits)
 
     async def stream_classify(self, read: Read, write: Write, timeout: float | None = None) -> None:
         """Answer frames in order until `read` returns None; see `_Stream`."""
-        stream = _Stream(self, self._settings.stream_window, timeout)
+        self._model()
+        if self._draining:
+            raise NotServing("the server is about to stop")
+        stream = _Stream(self, self._settings.stream_window, _deadline(timeout))
         self._streams.add(stream)
         try:
-            await stream.run(read, write)
+            with _named_errors():
+                await stream.run(read, write)
         finally:
             self._streams.discard(stream)
 
@@ -121,13 +129,13 @@ class DigitService:
             max_message_bytes=self._settings.max_message_bytes,
         )
 
-    async def answer_frames(self, request: pb.StreamClassifyRequest, timeout: float | None) -> list[pb.FrameBlock]:
+    async def answer_frames(self, request: pb.StreamClassifyRequest, deadline: float | None) -> list[pb.FrameBlock]:
         """Answer the frames of one stream message; a frame's error stands in its place."""
         first, frames = request.first_sequence, request.frames
         try:
             with _named_errors():
                 inputs = await self._read(frames)
-                answers = await self._submit(inputs.rows, timeout) if len(inputs.rows) else []
+                answers = await self._submit(inputs.rows, deadline) if len(inputs.rows) else []
                 if not inputs.errors:
                     response = build_response(answers, frames.include_logits)
                     return [pb.FrameBlock(first_sequence=first, frame_count=inputs.count, result=response)]
@@ -175,10 +183,16 @@ class DigitService:
             wanted = False
             self._decoding -= count
 
-    async def _submit(self, rows: Rows, timeout: float | None) -> list[Answer[Scores]]:
-        """Have rows computed, in parts of at most `max_batch_size`."""
+    async def _submit(self, rows: Rows, deadline: float | None) -> list[Answer[Scores]]:
+        """Have rows computed by one model, in parts of at most `max_batch_size`."""
+        while True:
+            answers = await self._submit_once(rows, deadline)
+            if len({answer.result.model_version for answer in answers}) == 1:
+                return answers
+            # The model was exchanged between two parts.
+
+    async def _submit_once(self, rows: Rows, deadline: float | None) -> list[Answer[Scores]]:
         size = self._settings.max_batch_size
-        deadline = None if timeout is None else asyncio.get_running_loop().time() + timeout
         futures = self._batcher.enqueue(
             [rows[start : start + size] for start in range(0, len(rows), size)], deadline=deadline
         )
@@ -195,15 +209,15 @@ class _Stream:
 
     The reader starts on each message as it comes, so that one stream alone
     fills batches; the writer sends the answers in the order of arrival. While
-    `window` frames are unanswered nothing more is read, and the transport's
-    flow control holds the sender.
+    `window` frames are unanswered, the message that was read last is held back
+    and nothing more is read: the transport's flow control holds the sender.
     """
 
-    def __init__(self, service: DigitService, window: int, timeout: float | None) -> None:
+    def __init__(self, service: DigitService, window: int, deadline: float | None) -> None:
         self._service = service
         self._window = window
-        loop = asyncio.get_running_loop()
-        self._deadline = None if timeout is None else loop.time() + timeout
+        self._deadline = deadline
+        self._complete = False  # the sender has said that nothing more comes, and all is pending
         self._pending: deque[tuple[int, asyncio.Task[list[pb.FrameBlock]]]] = deque()
         self._unanswered = 0
         self._ended = False  # nothing more will be pending
@@ -220,7 +234,7 @@ class _Stream:
         reader = asyncio.create_task(self._read(read), name="stream-reader")
         try:
             await self._write(write)
-            if self._draining:
+            if self._draining and not self._complete:
                 raise NotServing("the server is about to stop; open the stream again to reach another one")
             await reader
         finally:
@@ -230,7 +244,6 @@ class _Stream:
             await asyncio.gather(reader, *(task for _, task in self._pending), return_exceptions=True)
 
     async def _read(self, read: Read) -> None:
-        loop = asyncio.get_running_loop()
         try:
             while (request := await read()) is not None:
                 count = count_images(request.frames)
@@ -240,11 +253,11 @@ class _Stream:
                     await self._room.wait()
                 if self._draining:
                     return
-                timeout = None if self._deadline is None else self._deadline - loop.time()
-                task = asyncio.create_task(self._service.answer_frames(request, timeout))
+                task = asyncio.create_task(self._service.answer_frames(request, self._deadline))
                 self._pending.append((count, task))
                 self._unanswered += count
                 self._changed.set()
+            self._complete = True
         finally:
             self._end()
 
@@ -314,6 +327,11 @@ def _error_block(first: int, count: int, error: ServiceError) -> pb.FrameBlock:
     )
 
 
+def _deadline(timeout: float | None) -> float | None:
+    """When a caller's time is over, on the event loop's clock."""
+    return None if timeout is None else asyncio.get_running_loop().time() + timeout
+
+
 @contextmanager
 def _named_errors() -> Iterator[None]:
     """Turn whatever went wrong into the ServiceError that the caller may see."""
@@ -328,6 +346,10 @@ def _named_errors() -> Iterator[None]:
     except DeadlineExpired as error:
         raise DeadlineExceeded(str(error)) from error
     except Exception as error:
-        incident_id = uuid.uuid4().hex[:12]
-        logger.exception("incident %s", incident_id)
+        # The callers of a failed batch share its exception, and so one incident and one traceback.
+        incident_id: str | None = getattr(error, "incident_id", None)
+        if incident_id is None:
+            incident_id = uuid.uuid4().hex[:12]
+            error.incident_id = incident_id  # type: ignore[attr-defined]
+            logger.exception("incident %s", incident_id)
         raise Internal(incident_id) from error

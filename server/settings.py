@@ -89,11 +89,16 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> t
         variable = environment_variable(name)
         if given[name] is not None:
             values[name], sources[name] = _cast(flag(name), given[name], cast), "flag"
-        elif variable in environment:
+        elif variable in environment and not _is_service_link(name, environment[variable]):
             values[name], sources[name] = _cast(variable, environment[variable], cast), "environment"
         else:
             sources[name] = "default"
     return Settings(**values), sources
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    """Whether Kubernetes set the variable: for a Service named mnist-grpc it gives pods MNIST_GRPC_PORT=tcp://..."""
+    return name == "port" and value.startswith("tcp://")
 
 
 def _cast(name: str, text: str, cast: Callable[[str], Any]) -> Any:
@@ -112,6 +117,7 @@ _CASTS: dict[str, Callable[[str], Any]] = {
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mnist-grpc-server",
+        allow_abbrev=False,
         description="Serve handwritten-digit classification over gRPC.",
         epilog=f"Each flag is also an environment variable, for example {environment_variable('port')}; "
         "a flag beats the environment, which beats the default.",

@@ -291,7 +291,7 @@ def bad_requests() -> dict[str, tuple[pb.ClassifyRequest, str, str]]:
         "1x1": (encoded(png(1, 1, b"\0\xff")), first, "this one is 1x1"),
         "20000x20000": (encoded(png(20_000, 20_000)), first, "400000000"),
         "10000x10000": (encoded(png(10_000, 10_000)), first, "10000"),
-        "an animated GIF": (encoded(animated_gif()), first, "2"),
+        "an animated GIF": (encoded(animated_gif()), first, "single frame, the file (GIF) has several"),
         "a bad file among good ones": (encoded(digit, b"", digit), "encoded.files[1]", "the file is empty (0 bytes)"),
     }
 

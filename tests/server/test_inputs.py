@@ -74,8 +74,8 @@ def test_features_that_are_not_finite_are_named_and_the_others_kept() -> None:
     assert inputs.count == 4
     assert inputs.rows[:, 0].tolist() == [0, 7]
     assert {index: str(error) for index, error in inputs.errors.items()} == {
-        1: "features: every value is finite, but image 1 holds nan at position 3",
-        3: "features: every value is finite, but image 3 holds inf at position 5",
+        1: "features: every value is finite and from -1000000 to 1000000, but image 1 holds nan at position 3",
+        3: "features: every value is finite and from -1000000 to 1000000, but image 3 holds inf at position 5",
     }
 
 

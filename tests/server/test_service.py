@@ -218,7 +218,7 @@ BAD = [
     (
         pb.ClassifyRequest(features=np.full(784, np.nan, "<f4").tobytes()),
         "features",
-        "every value is finite, but image 0 holds nan at position 0",
+        "every value is finite and from -1000000 to 1000000, but image 0 holds nan at position 0",
     ),
     (files(), "encoded.files", "a request carries 1 or more images, this one carries 0"),
     (files(b""), "encoded.files[0]", "the file is empty (0 bytes)"),
@@ -380,6 +380,21 @@ async def test_a_bug_is_told_by_an_incident_and_logged_with_its_traceback(
     incident = next(record for record in caplog.records if error.value.incident_id in record.getMessage())
     assert incident.exc_info is not None
     assert "mat1 and mat2" in str(incident.exc_info[1])
+
+
+async def test_the_callers_of_a_failed_batch_share_one_incident_and_one_traceback(
+    model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(blocks: Sequence[Rows]) -> list[Scores]:
+        raise RuntimeError("broken engine")
+
+    async with serving(model) as service:
+        monkeypatch.setattr(model, "run_batch", broken)
+        calls = (service.classify(request_of(slice(row, row + 1))) for row in range(5))
+        errors = await asyncio.gather(*calls, return_exceptions=True)
+    assert all(isinstance(error, Internal) for error in errors)
+    incidents = {error.incident_id for error in errors if isinstance(error, Internal)}
+    assert len(incidents) == len([record for record in caplog.records if record.exc_info]) == 1
 
 
 # StreamClassify --------------------------------------------------------------------

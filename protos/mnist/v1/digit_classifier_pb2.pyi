@@ -36,7 +36,7 @@ class ClassifyRequest(google.protobuf.message.Message):
     features: builtins.bytes
     """float32[n, 784], little-endian, row-major, n >= 1: normalised features as
     the network takes them, for the default model (pixel / 255 - 0.5) / 0.5.
-    Every value is finite. Length: n * 3136 bytes.
+    Every value is finite, and from -1e6 to 1e6. Length: n * 3136 bytes.
     """
     include_logits: builtins.bool
     """Whether the answer also holds the logits."""

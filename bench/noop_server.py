@@ -1,0 +1,84 @@
+"""The anchor: a grpc.aio server with our options and messages that computes nothing.
+
+`python -m bench.noop_server` serves on a free port until it is terminated. What
+it costs is what gRPC itself costs; the answers are made before it starts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from typing import Any, TypeAlias
+
+import grpc
+import numpy as np
+
+from bench.scenarios import SCENARIOS, fixed_digits
+from digits.preprocessing import CLASSES, PIXELS
+from protos.mnist.v1 import digit_classifier_pb2 as pb
+from protos.mnist.v1 import digit_classifier_pb2_grpc as pb_grpc
+from server.answers import build_response
+from server.batching import Answer
+from server.inference import Scores
+from server.settings import Settings
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+def fixed_answer(count: int) -> pb.ClassifyResponse:
+    """An answer of the size and form of ours."""
+    scores = Scores(
+        digits=np.array(fixed_digits(count), np.uint8),
+        probabilities=np.full((count, CLASSES), 0.1, np.float32),
+        logits=np.zeros((count, CLASSES), np.float32),
+        model_version="0" * 12,
+    )
+    return build_response([Answer(scores, count, queue_seconds=1e-4, compute_seconds=1e-4)], include_logits=False)
+
+
+class NoopServicer(pb_grpc.DigitClassifierServicer):
+    """Answers by the number of images, whatever they show."""
+
+    def __init__(self) -> None:
+        self._answers = {count: fixed_answer(count) for count in {scenario.images for scenario in SCENARIOS.values()}}
+
+    async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:
+        return self._answers[len(request.pixels) // PIXELS]
+
+    async def StreamClassify(  # type: ignore[override]  # as in server.servicer
+        self, request_iterator: AsyncIterator[pb.StreamClassifyRequest], context: Context
+    ) -> None:
+        while (request := await context.read()) is not grpc.aio.EOF:
+            count = len(request.frames.pixels) // PIXELS
+            block = pb.FrameBlock(first_sequence=request.first_sequence, frame_count=count, result=self._answers[count])
+            await context.write(pb.StreamClassifyResponse(blocks=[block]))
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
+        return pb.GetModelResponse()
+
+
+async def serve() -> None:
+    """Serve until SIGTERM; the options are those of `server.app`."""
+    limit = 2 * Settings().max_message_bytes
+    server = grpc.aio.server(
+        options=[
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", limit),
+            ("grpc.max_send_message_length", limit),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 30_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+        ]
+    )
+    pb_grpc.add_DigitClassifierServicer_to_server(NoopServicer(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    told_to_stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_stop.set)
+    await server.start()
+    print(f"serving on 127.0.0.1:{port}", flush=True)
+    await told_to_stop.wait()
+    await server.stop(0)
+
+
+if __name__ == "__main__":
+    asyncio.run(serve())
