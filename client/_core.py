@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
-import time
-from collections import deque
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -30,7 +29,7 @@ from client._errors import (
     UnavailableError,
 )
 from client._types import Image, Model, Prediction
-from digits.preprocessing import PIXELS, InvalidImage, to_pixels
+from digits.preprocessing import CLASSES, PIXELS, InvalidImage, to_pixels
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["DigitClassifier"].full_name
@@ -43,6 +42,8 @@ CHUNK_IMAGES = 1024  # of classify_batch: 0.8 MB a message, well below the serve
 CHUNKS_IN_FLIGHT = 4
 STREAM_WINDOW = 256  # frames whose results were not yet taken
 PACKED_FRAMES = 64  # in one message of a stream
+RETRY_BUFFER_BYTES = 4 * 1024 * 1024  # what a full chunk needs; gRPC retries nothing longer than this
+MAX_RECONNECT_BACKOFF_MS = 5_000  # a server that comes back is found within about this time
 
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
@@ -50,19 +51,32 @@ HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
 READY_PAUSE = 0.05  # seconds before asking a server again that closed the connection
 WORTH_WAITING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
-StreamResult = Prediction | MnistGrpcError
-
-
-@dataclass(frozen=True, slots=True)
-class StreamEnd:
-    """The last thing that comes of a stream: what to raise, if anything."""
-
-    error: Exception | None = None
-
 
 def resolve_target(target: str | None) -> str:
     """The target given, else that of the environment, else localhost:50051."""
     return target or os.environ.get(TARGET_VARIABLE) or DEFAULT_TARGET
+
+
+def checked_timeout(timeout: float) -> float:
+    """The timeout, if it is one.
+
+    Raises:
+        ValueError: it is not above 0, or not finite.
+    """
+    if not 0 < timeout < math.inf:
+        raise ValueError(f"a timeout is a number of seconds above 0, not {timeout!r}")
+    return timeout
+
+
+def checked_window(window: int) -> int:
+    """The window, if it is one.
+
+    Raises:
+        ValueError: it is below 1.
+    """
+    if window < 1:
+        raise ValueError(f"a window is 1 frame or more, not {window!r}")
+    return window
 
 
 def channel_options(target: str) -> list[tuple[str, str | int]]:
@@ -88,8 +102,10 @@ def channel_options(target: str) -> list[tuple[str, str | int]]:
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.max_receive_message_length", -1),
+        ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_BACKOFF_MS),
+        ("grpc.per_rpc_retry_buffer_size", RETRY_BUFFER_BYTES),
     ]
-    if target.startswith(("localhost", "127.", "[::1]", "unix:")):
+    if re.match(r"localhost(:|$)|127\.|\[::1\]|unix:", target):
         options.append(("grpc.enable_http_proxy", 0))  # a proxy cannot reach this machine's own addresses
     return options
 
@@ -121,6 +137,11 @@ def build_request(pixels: npt.NDArray[np.uint8]) -> pb.ClassifyRequest:
     return pb.ClassifyRequest(pixels=pixels.tobytes())
 
 
+def count_images(request: pb.ClassifyRequest) -> int:
+    """How many images a request of ours carries."""
+    return len(request.pixels) // PIXELS
+
+
 def build_requests(images: Iterable[Image]) -> Iterator[pb.ClassifyRequest]:
     """Requests for any number of images, `CHUNK_IMAGES` at a time."""
     numbered = enumerate(images)
@@ -145,10 +166,19 @@ def is_serving(health_response: bytes) -> bool:
 # Responses ------------------------------------------------------------------
 
 
-def parse_response(response: pb.ClassifyResponse) -> list[Prediction]:
-    """Predictions in the order of the request's images."""
+def parse_response(response: pb.ClassifyResponse, count: int, target: str) -> list[Prediction]:
+    """Predictions for `count` images, in the order of the request.
+
+    Raises:
+        ServerError: this is no answer to that many images.
+    """
     digits = list(response.digits)
-    probabilities = np.array(response.probabilities, np.float32).reshape(-1, 10)
+    if len(digits) != count or len(response.probabilities) != CLASSES * count or max(digits, default=0) >= CLASSES:
+        raise ServerError(
+            f"{target}: the server answered {count} images with {len(digits)} digits "
+            f"and {len(response.probabilities)} probabilities"
+        )
+    probabilities = np.array(response.probabilities, np.float32).reshape(-1, CLASSES)
     probabilities.flags.writeable = False
     receipt = response.receipt
     queue_seconds = receipt.queue_time.ToNanoseconds() / 1e9
@@ -176,71 +206,6 @@ def parse_model(response: pb.GetModelResponse) -> Model:
     )
 
 
-class FrameLedger:
-    """The frames of one stream that are on their way, and what comes of them in order.
-
-    Frames that wait to be sent go together in one message. A frame that cannot
-    be prepared is never sent; its error takes its place among the answers.
-    """
-
-    def __init__(self, target: str) -> None:
-        self._target = target
-        self._waiting: deque[npt.NDArray[np.uint8]] = deque()
-        self._added = 0
-        self._answered = 0
-        self._local: deque[tuple[int, MnistGrpcError]] = deque()  # behind how many added frames, and the error
-        self._progressed_at = time.monotonic()  # a frame was added with none under way, or answered
-
-    def seconds_left(self, timeout: float) -> float:
-        """How much longer to wait, where an answer may be owed for `timeout` seconds."""
-        return timeout if self._added == self._answered else self._progressed_at + timeout - time.monotonic()
-
-    def add(self, pixels: npt.NDArray[np.uint8]) -> None:
-        """Take the next frame, `uint8[784]`."""
-        if self._added == self._answered:
-            self._progressed_at = time.monotonic()
-        self._waiting.append(pixels)
-        self._added += 1
-
-    def fail(self, error: MnistGrpcError) -> list[StreamResult]:
-        """Put an error in the place of the next frame; return what can be given out now."""
-        self._local.append((self._added, error))
-        return self._due()
-
-    def next_message(self) -> pb.StreamClassifyRequest | None:
-        """A message with the frames that wait, up to `PACKED_FRAMES`; None if none does."""
-        if not self._waiting:
-            return None
-        first = self._added - len(self._waiting)
-        packed = [self._waiting.popleft() for _ in range(min(len(self._waiting), PACKED_FRAMES))]
-        return pb.StreamClassifyRequest(first_sequence=first, frames=build_request(np.stack(packed)))
-
-    def receive(self, response: pb.StreamClassifyResponse) -> list[StreamResult]:
-        """What can be given out now, in the order of the frames."""
-        self._progressed_at = time.monotonic()
-        results = []
-        for block in response.blocks:
-            if block.first_sequence != self._answered or block.frame_count > self._added - self._answered:
-                raise ServerError(
-                    f"{self._target} answered {block.frame_count} frames from {block.first_sequence} on "
-                    f"when frames {self._answered} to {self._added - 1} were under way"
-                )
-            if block.WhichOneof("outcome") == "result":
-                outcome: list[StreamResult] = list(parse_response(block.result))
-            else:
-                outcome = [_error_of_frame(block.error)] * block.frame_count
-            for result in outcome:
-                self._answered += 1
-                results += [result, *self._due()]
-        return results
-
-    def _due(self) -> list[StreamResult]:
-        due: list[StreamResult] = []
-        while self._local and self._local[0][0] <= self._answered:
-            due.append(self._local.popleft()[1])
-        return due
-
-
 # Errors ---------------------------------------------------------------------
 
 _ERRORS: dict[grpc.StatusCode, type[MnistGrpcError]] = {
@@ -255,7 +220,7 @@ _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 @contextmanager
-def translate_errors(target: str, timeout: float | None) -> Iterator[None]:
+def translate_errors(target: str, timeout: float) -> Iterator[None]:
     """Raise gRPC's errors as ours; used by both clients."""
     try:
         yield
@@ -263,22 +228,22 @@ def translate_errors(target: str, timeout: float | None) -> Iterator[None]:
         raise error_of_call(error, target, timeout) from error
 
 
-def error_of_call(error: grpc.RpcError, target: str, timeout: float | None) -> MnistGrpcError:
+def error_of_call(error: grpc.RpcError, target: str, timeout: float) -> MnistGrpcError:
     """The error of ours that stands for one of gRPC's, which is its cause."""
     code: grpc.StatusCode = error.code()
     details = error.details() or "no details"
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED and timeout is not None:
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED and details == "Deadline Exceeded":
         details = f"no answer within {timeout:g} s"
-    elif code is grpc.StatusCode.UNAVAILABLE and "connect" in details.lower():
+    elif code is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details.lower():
         details = f"no server answers there; is it running? ({details})"
     raised = _error(code, details, f"{target}: {details}")
     metadata: Any = error.trailing_metadata() or ()  # pairs, though the sync and the async type differ
-    raised.incident_id = dict(metadata).get("incident-id")
+    raised.incident_id = next((value for name, value in metadata if name == "incident-id"), None)
     raised.__cause__ = error
     return raised
 
 
-def _error_of_frame(error: pb.FrameError) -> MnistGrpcError:
+def error_of_frame(error: pb.FrameError) -> MnistGrpcError:
     raised = _error(_CODES.get(error.code, grpc.StatusCode.UNKNOWN), error.message, error.message)
     raised.incident_id = error.incident_id or None
     return raised
@@ -291,10 +256,6 @@ def _error(code: grpc.StatusCode, details: str, message: str) -> MnistGrpcError:
     raised = kind(message)
     raised.code = code.name
     return raised
-
-
-def stream_timed_out(target: str, timeout: float) -> DeadlineExceededError:
-    return DeadlineExceededError(f"{target}: no answer to a frame within {timeout:g} s")
 
 
 def not_ready(target: str, timeout: float) -> UnavailableError:

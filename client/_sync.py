@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -14,7 +12,8 @@ from typing import Self
 import grpc
 
 from client import _core
-from client._errors import MnistGrpcError
+from client._errors import MnistGrpcError, ServerError
+from client._sync_stream import SyncStream
 from client._types import Image, Model, Prediction
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 from protos.mnist.v1.digit_classifier_pb2_grpc import DigitClassifierStub
@@ -40,7 +39,7 @@ class Client:
 
     def __init__(self, target: str | None = None, *, timeout: float = _core.DEFAULT_TIMEOUT) -> None:
         self.target = _core.resolve_target(target)
-        self.timeout = timeout
+        self.timeout = _core.checked_timeout(timeout)
         self._channel = grpc.insecure_channel(self.target, options=_core.channel_options(self.target))
         self._stub = DigitClassifierStub(self._channel)
         self._closed = False
@@ -68,7 +67,7 @@ class Client:
         request = _core.build_request(_core.prepare(image))
         with self._call(timeout) as seconds:
             response = self._stub.Classify(request, timeout=seconds)
-        return _core.parse_response(response)[0]
+        return _core.parse_response(response, 1, self.target)[0]
 
     def classify_batch(self, images: Iterable[Image], *, timeout: float | None = None) -> list[Prediction]:
         """Read the digits in any number of images; return the answers in their order.
@@ -81,17 +80,22 @@ class Client:
             timeout: seconds for each message of up to 1,024 images.
         """
         predictions: list[Prediction] = []
-        calls: deque[grpc.Future[pb.ClassifyResponse]] = deque()
+        calls: deque[tuple[int, grpc.Future[pb.ClassifyResponse]]] = deque()
+
+        def take_answer() -> None:
+            count, call = calls.popleft()
+            predictions.extend(_core.parse_response(call.result(), count, self.target))
+
         with self._call(timeout) as seconds:
             try:
                 for request in _core.build_requests(images):
-                    calls.append(self._stub.Classify.future(request, timeout=seconds))
+                    calls.append((_core.count_images(request), self._stub.Classify.future(request, timeout=seconds)))
                     if len(calls) == _core.CHUNKS_IN_FLIGHT:
-                        predictions += _core.parse_response(calls.popleft().result())
+                        take_answer()
                 while calls:
-                    predictions += _core.parse_response(calls.popleft().result())
+                    take_answer()
             finally:
-                for call in calls:
+                for _, call in calls:
                     call.cancel()
         return predictions
 
@@ -112,8 +116,8 @@ class Client:
                 client's.
             window: the most frames whose results were not yet taken.
         """
-        self._check_open()
-        return _SyncStream(self.target, self.timeout if timeout is None else timeout, window).run(self._stub, frames)
+        seconds = self._seconds(timeout)
+        return SyncStream(self.target, seconds, _core.checked_window(window)).run(self._stub, frames)
 
     def get_model(self, *, timeout: float | None = None) -> Model:
         """Tell what the server serves."""
@@ -126,7 +130,7 @@ class Client:
         Raises:
             UnavailableError: it does not within `timeout` seconds.
         """
-        self._check_open()
+        timeout = self._seconds(timeout)
         watch = self._channel.unary_stream(_core.HEALTH_WATCH, request_serializer=bytes, response_deserializer=bytes)
         deadline = time.monotonic() + timeout
         while (remaining := deadline - time.monotonic()) > 0:
@@ -138,9 +142,9 @@ class Client:
             except grpc.RpcError as error:
                 if error.code() not in _core.WORTH_WAITING:
                     raise _core.error_of_call(error, self.target, timeout) from error
-                time.sleep(_core.READY_PAUSE)
             finally:
                 call.cancel()
+            time.sleep(_core.READY_PAUSE)
         raise _core.not_ready(self.target, timeout)
 
     def is_serving(self, *, timeout: float | None = None) -> bool:
@@ -151,109 +155,17 @@ class Client:
 
     @contextmanager
     def _call(self, timeout: float | None) -> Iterator[float]:
-        self._check_open()
-        seconds = self.timeout if timeout is None else timeout
-        with _core.translate_errors(self.target, seconds):
-            yield seconds
+        seconds = self._seconds(timeout)
+        try:
+            with _core.translate_errors(self.target, seconds):
+                yield seconds
+        except ServerError as error:
+            if self._closed and error.code == "CANCELLED":
+                raise RuntimeError(_core.CLOSED) from error
+            raise
 
-    def _check_open(self) -> None:
+    def _seconds(self, timeout: float | None) -> float:
+        """The timeout of a call that begins now."""
         if self._closed:
             raise RuntimeError(_core.CLOSED)
-
-
-class _SyncStream:
-    """One `stream_classify`, between four threads.
-
-    One of ours prepares frames (`_feed`), gRPC's sends what waits
-    (`_messages`), another of ours receives answers (`_receive`), and the
-    caller's takes results from a queue (`run`). The ledger, under the lock of
-    `_changed`, keeps the results in the order of the frames.
-    """
-
-    def __init__(self, target: str, timeout: float, window: int) -> None:
-        self._target = target
-        self._timeout = timeout
-        self._room = threading.Semaphore(window)
-        self._changed = threading.Condition()
-        self._ledger = _core.FrameLedger(target)
-        self._results: queue.SimpleQueue[_core.StreamResult | _core.StreamEnd] = queue.SimpleQueue()
-        self._source_error: Exception | None = None
-        self._all_fed = False
-        self._left = False
-
-    def run(self, stub: DigitClassifierStub, frames: Iterable[Image]) -> Iterator[_core.StreamResult]:
-        call = stub.StreamClassify(self._messages())
-        threading.Thread(target=self._feed, args=(frames,), name="stream-feed", daemon=True).start()
-        receiver = threading.Thread(target=self._receive, args=(call,), name="stream-receive", daemon=True)
-        receiver.start()
-        try:
-            while not isinstance(result := self._take(), _core.StreamEnd):
-                self._room.release()
-                yield result
-            if result.error is not None:
-                raise result.error
-        finally:
-            with self._changed:
-                self._left = True
-                self._changed.notify_all()
-            self._room.release()
-            call.cancel()
-            receiver.join()  # but not the feeder, which may be inside the caller's iterable
-
-    def _feed(self, frames: Iterable[Image]) -> None:
-        try:
-            for frame in frames:
-                self._room.acquire()
-                if self._left:
-                    return
-                try:
-                    pixels = _core.prepare(frame)
-                except MnistGrpcError as error:
-                    with self._changed:
-                        self._put(self._ledger.fail(error))
-                    continue
-                with self._changed:
-                    self._ledger.add(pixels)
-                    self._changed.notify_all()
-        except Exception as error:  # the caller's own; raised where the caller sees it
-            self._source_error = error
-        finally:
-            with self._changed:
-                self._all_fed = True
-                self._changed.notify_all()
-
-    def _messages(self) -> Iterator[pb.StreamClassifyRequest]:
-        while True:
-            with self._changed:
-                while (message := self._ledger.next_message()) is None:
-                    if self._all_fed or self._left:
-                        return
-                    self._changed.wait()
-            yield message
-
-    def _receive(self, call: Iterator[pb.StreamClassifyResponse]) -> None:
-        try:
-            for response in call:
-                with self._changed:
-                    self._put(self._ledger.receive(response))
-            self._results.put(_core.StreamEnd(self._source_error))
-        except grpc.RpcError as error:
-            self._results.put(_core.StreamEnd(_core.error_of_call(error, self._target, self._timeout)))
-        except Exception as error:
-            self._results.put(_core.StreamEnd(error))
-
-    def _put(self, results: list[_core.StreamResult]) -> None:
-        for result in results:
-            self._results.put(result)
-
-    def _take(self) -> _core.StreamResult | _core.StreamEnd:
-        """The next result; raise if it is owed for too long."""
-        wait = self._timeout
-        while True:
-            try:
-                return self._results.get(timeout=wait)
-            except queue.Empty:
-                with self._changed:
-                    wait = self._ledger.seconds_left(self._timeout)
-                if wait <= 0:
-                    raise _core.stream_timed_out(self._target, self._timeout) from None
+        return self.timeout if timeout is None else _core.checked_timeout(timeout)

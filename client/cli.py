@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 
-from client._core import DEFAULT_TARGET, DEFAULT_TIMEOUT, TARGET_VARIABLE
+from client._core import DEFAULT_TARGET, DEFAULT_TIMEOUT, TARGET_VARIABLE, checked_timeout
 from client._errors import MnistGrpcError
 from client._sync import Client
 from client._types import Prediction
@@ -21,6 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result: int = options.run(client, options)
         except MnistGrpcError as error:
             print(f"mnist-grpc: {error}", file=sys.stderr)
+            return 1
+        except BrokenPipeError:  # as of `mnist-grpc classify ... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except KeyboardInterrupt:
             return 130
@@ -94,10 +98,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"a timeout is a number of seconds above 0, not {text}")
-    return value
+    try:
+        return checked_timeout(float(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a timeout is a number of seconds above 0, not {text!r}") from None
 
 
 if __name__ == "__main__":

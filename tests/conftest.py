@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import gzip
 import io
 import os
 import subprocess
@@ -43,6 +44,42 @@ def golden_files(golden: tuple[npt.NDArray[np.uint8], list[int]]) -> list[bytes]
         Image.fromarray(row.reshape(28, 28)).save(buffer, "PNG")
         files.append(buffer.getvalue())
     return files
+
+
+@pytest.fixture(scope="session")
+def mnist() -> dict[str, npt.NDArray[np.uint8]]:
+    """MNIST's four files as arrays, by the first part of their names: `t10k-images`, `uint8[10000, 28, 28]`, and so on.
+
+    Looked for in `$MNIST_DATA_DIR`, else in a folder `data` here or in a folder beside this one.
+    """
+    given = os.environ.get("MNIST_DATA_DIR")
+    for place in [Path(given)] if given else [ROOT / "data", *sorted(ROOT.parent.glob("*/data"))]:
+        raw = place / "MNIST" / "raw"
+        if raw.is_dir():
+            return {f"{part}-{kind}": _read_idx(raw, part, kind) for part in ("train", "t10k") for kind in _IDX_HEADERS}
+    pytest.skip("MNIST is not here: set MNIST_DATA_DIR to a folder that holds MNIST/raw/*-ubyte (or .gz)")
+
+
+_IDX_HEADERS = {"images": 16, "labels": 8}  # bytes
+
+
+def _read_idx(raw: Path, part: str, kind: str) -> npt.NDArray[np.uint8]:
+    path = raw / f"{part}-{kind}-idx{3 if kind == 'images' else 1}-ubyte"
+    content = path.read_bytes() if path.is_file() else gzip.decompress(path.with_name(f"{path.name}.gz").read_bytes())
+    values = np.frombuffer(content, np.uint8, offset=_IDX_HEADERS[kind])
+    return values.reshape(-1, 28, 28) if kind == "images" else values
+
+
+@pytest.fixture(scope="session")
+def mnist_raw(mnist: dict[str, npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:
+    """All images of MNIST, `uint8[70000, 28, 28]`: the training part, then the test part."""
+    return np.concatenate([mnist["train-images"], mnist["t10k-images"]])
+
+
+@pytest.fixture(scope="session")
+def mnist_test(mnist: dict[str, npt.NDArray[np.uint8]]) -> tuple[npt.NDArray[np.uint8], list[int]]:
+    """MNIST's test part: images `uint8[10000, 28, 28]`, and what they show."""
+    return mnist["t10k-images"], mnist["t10k-labels"].tolist()
 
 
 @pytest.fixture

@@ -1,0 +1,455 @@
+"""The half of the clients that does no I/O: messages, order, errors, options."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.wrappers_pb2 import Int32Value, StringValue
+
+import client
+from client import _core
+from client._ledger import FrameLedger, StreamResult
+from protos.mnist.v1 import digit_classifier_pb2 as pb
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def pixels(value: int) -> Pixels:
+    """A frame that can be told from others."""
+    return np.full(784, value, np.uint8)
+
+
+def answer(*digits: int) -> pb.ClassifyResponse:
+    """One row a digit, with a probability of 0.91."""
+    probabilities = [0.91 if column == digit else 0.01 for digit in digits for column in range(10)]
+    return pb.ClassifyResponse(digits=digits, probabilities=probabilities)
+
+
+def block(first: int, *digits: int) -> pb.FrameBlock:
+    return pb.FrameBlock(first_sequence=first, frame_count=len(digits), result=answer(*digits))
+
+
+def message(*blocks: pb.FrameBlock) -> pb.StreamClassifyResponse:
+    return pb.StreamClassifyResponse(blocks=blocks)
+
+
+def told(results: list[StreamResult]) -> list[int | str]:
+    """Digits, and the text of errors."""
+    return [result.digit if isinstance(result, client.Prediction) else str(result) for result in results]
+
+
+def parse(response: pb.ClassifyResponse) -> list[client.Prediction]:
+    return _core.parse_response(response, len(response.digits), "there")
+
+
+# Images and requests --------------------------------------------------------
+
+
+def test_an_image_becomes_784_bytes(digits: list[Pixels]) -> None:
+    prepared = _core.prepare(digits[7])
+    assert prepared.shape == (784,)
+    assert prepared.dtype == np.uint8
+    assert _core.build_request(prepared).pixels == digits[7].tobytes()
+
+
+def test_a_bad_image_of_several_says_which_it_is(blank: Pixels) -> None:
+    with pytest.raises(client.InvalidImageError, match=r"^image 5: .*contrast") as caught:
+        _core.prepare(blank, 5)
+    assert caught.value.index == 5
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_a_single_bad_image_has_no_index(blank: Pixels) -> None:
+    with pytest.raises(client.InvalidImageError, match=r"^an image of a digit has a contrast") as caught:
+        _core.prepare(blank)
+    assert caught.value.index is None
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"),
+    [(0, []), (1, [1]), (1023, [1023]), (1024, [1024]), (1025, [1024, 1]), (2500, [1024, 1024, 452])],
+)
+def test_requests_hold_1024_images_each(digits: list[Pixels], count: int, sizes: list[int]) -> None:
+    requests = list(_core.build_requests(digits[index % 20] for index in range(count)))
+    assert [len(request.pixels) // 784 for request in requests] == sizes
+    assert b"".join(request.pixels for request in requests) == b"".join(
+        digits[index % 20].tobytes() for index in range(count)
+    )
+
+
+def test_requests_are_built_as_they_are_taken(digits: list[Pixels]) -> None:
+    read = 0
+
+    def images() -> Iterator[Pixels]:
+        nonlocal read
+        while True:
+            read += 1
+            yield digits[0]
+
+    next(_core.build_requests(images()))
+    assert read == 1024
+
+
+def test_an_index_counts_over_all_requests(digits: list[Pixels], blank: Pixels) -> None:
+    requests = _core.build_requests([*[digits[0]] * 1500, blank])
+    next(requests)
+    with pytest.raises(client.InvalidImageError) as caught:
+        next(requests)
+    assert caught.value.index == 1500
+
+
+def test_a_default_request_stays_below_the_limit_of_a_default_server(digits: list[Pixels]) -> None:
+    [request] = _core.build_requests([digits[0]] * _core.CHUNK_IMAGES)
+    assert request.ByteSize() < 4 * 1024 * 1024
+
+
+# Responses ------------------------------------------------------------------
+
+
+def test_a_response_becomes_predictions_in_its_order() -> None:
+    response = answer(3, 1)
+    response.receipt.CopyFrom(
+        pb.Receipt(
+            model_version="0123456789ab",
+            batch_rows=64,
+            queue_time=Duration(nanos=1_500_000),
+            compute_time=Duration(seconds=2),
+        )
+    )
+    three, one = parse(response)
+    assert (three.digit, one.digit) == (3, 1)
+    assert three.confidence == pytest.approx(0.91)
+    assert three.probabilities.dtype == np.float32
+    np.testing.assert_allclose(one.probabilities, [0.01, 0.91] + [0.01] * 8, rtol=1e-6)
+    assert (three.model_version, three.batch_rows) == ("0123456789ab", 64)
+    assert (three.queue_seconds, three.compute_seconds) == (0.0015, 2.0)
+
+
+def test_probabilities_cannot_be_written() -> None:
+    [prediction] = parse(answer(3))
+    with pytest.raises(ValueError, match="read-only"):
+        prediction.probabilities[0] = 1
+
+
+def test_a_prediction_prints_as_a_person_reads_it() -> None:
+    assert repr(parse(answer(3))[0]) == "Prediction(digit=3, confidence=0.9100)"
+
+
+@pytest.mark.parametrize("accuracy", [None, 0.98])
+def test_a_model_has_an_accuracy_or_none(accuracy: float | None) -> None:
+    model = _core.parse_model(pb.GetModelResponse(name="mnist", labels="0123456789", test_accuracy=accuracy))
+    assert model.test_accuracy == (None if accuracy is None else pytest.approx(accuracy))
+    assert model.labels == tuple("0123456789")
+
+
+# Frames of a stream ---------------------------------------------------------
+
+
+@pytest.fixture
+def ledger() -> FrameLedger:
+    return FrameLedger("there", timeout=10)
+
+
+def send_all(ledger: FrameLedger) -> list[tuple[int, int]]:
+    """First sequence and number of frames of each message that waits."""
+    sent = []
+    while (waiting := ledger.next_message()) is not None:
+        sent.append((waiting.first_sequence, len(waiting.frames.pixels) // 784))
+    return sent
+
+
+def test_no_frame_no_message(ledger: FrameLedger) -> None:
+    assert ledger.next_message() is None
+
+
+def test_frames_that_wait_go_together(ledger: FrameLedger) -> None:
+    for value in (1, 2, 3):
+        ledger.add(pixels(value))
+    waiting = ledger.next_message()
+    assert waiting is not None
+    assert waiting.first_sequence == 0
+    assert waiting.frames.pixels == bytes([1]) * 784 + bytes([2]) * 784 + bytes([3]) * 784
+    assert ledger.next_message() is None
+
+
+def test_a_message_holds_at_most_64_frames(ledger: FrameLedger) -> None:
+    for index in range(150):
+        ledger.add(pixels(index))
+    assert send_all(ledger) == [(0, 64), (64, 64), (128, 22)]
+    ledger.add(pixels(0))
+    assert send_all(ledger) == [(150, 1)]
+
+
+def test_answers_come_out_in_the_order_of_the_frames(ledger: FrameLedger) -> None:
+    for index in range(5):
+        ledger.add(pixels(index))
+    send_all(ledger)
+    assert told(ledger.receive(message(block(0, 4, 3), block(2, 2)))) == [4, 3, 2]
+    assert told(ledger.receive(message(block(3, 1, 0)))) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("frames", "given_out_early", "given_out_late"),
+    [
+        ("", [], []),
+        ("x", ["bad 0"], []),
+        ("xx", ["bad 0", "bad 1"], []),
+        ("x.", ["bad 0"], [1]),
+        (".x", [], [0, "bad 1"]),
+        (".x.", [], [0, "bad 1", 2]),
+        ("x..xx.x", ["bad 0"], [1, 2, "bad 3", "bad 4", 5, "bad 6"]),
+    ],
+)
+def test_an_error_of_this_side_stands_in_its_place(
+    ledger: FrameLedger, frames: str, given_out_early: list[Any], given_out_late: list[Any]
+) -> None:
+    early: list[StreamResult] = []
+    for index, kind in enumerate(frames):
+        if kind == ".":
+            ledger.add(pixels(index))
+        else:
+            early += ledger.fail(client.InvalidImageError(f"bad {index}"))
+    good = [index for index, kind in enumerate(frames) if kind == "."]
+    assert send_all(ledger) == ([(0, len(good))] if good else [])
+    assert told(early) == given_out_early
+    assert told(ledger.receive(message(block(0, *good)) if good else message())) == given_out_late
+
+
+def test_an_error_is_given_out_at_once_when_nothing_is_owed(ledger: FrameLedger) -> None:
+    ledger.add(pixels(0))
+    send_all(ledger)
+    ledger.receive(message(block(0, 7)))
+    assert told(ledger.fail(client.InvalidImageError("bad"))) == ["bad"]
+
+
+def test_an_error_block_answers_each_of_its_frames(ledger: FrameLedger) -> None:
+    for index in range(3):
+        ledger.add(pixels(index))
+    send_all(ledger)
+    error = pb.FrameError(code=13, message="broken", incident_id="abc")
+    results = ledger.receive(message(pb.FrameBlock(first_sequence=0, frame_count=2, error=error), block(2, 7)))
+    assert told(results) == ["broken", "broken", 7]
+    assert isinstance(results[0], client.ServerError)
+    assert (results[0].code, results[0].incident_id) == ("INTERNAL", "abc")
+
+
+def test_each_frame_has_an_error_object_of_its_own(ledger: FrameLedger) -> None:
+    ledger.add(pixels(0))
+    ledger.add(pixels(1))
+    error = pb.FrameError(code=13, message="broken")
+    first, second = ledger.receive(message(pb.FrameBlock(first_sequence=0, frame_count=2, error=error)))
+    assert first is not second
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (3, client.InvalidImageError),
+        (4, client.DeadlineExceededError),
+        (8, client.OverloadedError),
+        (14, client.UnavailableError),
+        (16, client.UnauthenticatedError),
+        (13, client.ServerError),
+        (99, client.ServerError),
+    ],
+)
+def test_the_code_of_a_frame_error_tells_its_class(
+    ledger: FrameLedger, code: int, kind: type[client.MnistGrpcError]
+) -> None:
+    ledger.add(pixels(0))
+    error = pb.FrameError(code=code, message="why")
+    [result] = ledger.receive(message(pb.FrameBlock(first_sequence=0, frame_count=1, error=error)))
+    assert type(result) is kind
+    assert result.incident_id is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        message(block(1, 7)),
+        message(block(0, 7, 7, 7)),
+        message(block(0, 7), block(0, 7)),
+        message(block(0, 7, 7), block(2, 7)),
+        message(pb.FrameBlock(first_sequence=0, frame_count=2, result=answer(7))),
+        message(pb.FrameBlock(first_sequence=0, frame_count=1, result=answer(7, 7))),
+        message(pb.FrameBlock(first_sequence=0, frame_count=0, result=answer(7))),
+        message(pb.FrameBlock(first_sequence=0, frame_count=1, result=pb.ClassifyResponse(digits=[7]))),
+    ],
+    ids=[
+        "a frame skipped",
+        "more frames than sent",
+        "a frame twice",
+        "a frame never sent",
+        "fewer rows than frames",
+        "more rows than frames",
+        "rows for no frame",
+        "no probabilities",
+    ],
+)
+def test_answers_that_do_not_fit_the_frames_are_the_servers_fault(
+    ledger: FrameLedger, wrong: pb.StreamClassifyResponse
+) -> None:
+    ledger.add(pixels(0))
+    ledger.add(pixels(1))
+    send_all(ledger)
+    with pytest.raises(client.ServerError, match="there"):
+        ledger.receive(wrong)
+
+
+def test_the_timeout_runs_while_an_answer_is_owed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("client._ledger.time", SimpleNamespace(monotonic=lambda: clock.now))
+    ledger = FrameLedger("there", timeout=10)
+    clock.now = 150  # a slow source: nothing is owed
+    assert ledger.seconds_left() == 10
+    ledger.add(pixels(0))
+    clock.now = 154
+    ledger.add(pixels(1))  # does not put off the answer to the first
+    assert ledger.seconds_left() == 6
+    clock.now = 158
+    ledger.receive(message(block(0, 7)))
+    clock.now = 160
+    assert ledger.seconds_left() == 8
+    clock.now = 170
+    assert ledger.seconds_left() == -2
+    ledger.receive(message(block(1, 7)))
+    clock.now = 1000
+    assert ledger.seconds_left() == 10
+
+
+# Errors ---------------------------------------------------------------------
+
+
+class FakeRpcError(grpc.RpcError):
+    def __init__(self, code: grpc.StatusCode, details: str | None, **metadata: str) -> None:
+        super().__init__()
+        self._code, self._details, self._metadata = code, details, metadata
+
+    def code(self) -> grpc.StatusCode:
+        return self._code
+
+    def details(self) -> str | None:
+        return self._details
+
+    def trailing_metadata(self) -> Any:
+        return tuple((name.replace("_", "-"), value) for name, value in self._metadata.items()) or None
+
+
+KINDS = {
+    "INVALID_ARGUMENT": client.InvalidImageError,
+    "DEADLINE_EXCEEDED": client.DeadlineExceededError,
+    "RESOURCE_EXHAUSTED": client.OverloadedError,
+    "UNAVAILABLE": client.UnavailableError,
+    "UNAUTHENTICATED": client.UnauthenticatedError,
+    "PERMISSION_DENIED": client.UnauthenticatedError,
+}
+
+
+@pytest.mark.parametrize("code", list(grpc.StatusCode), ids=lambda code: code.name)
+def test_every_status_code_has_its_class(code: grpc.StatusCode) -> None:
+    cause = FakeRpcError(code, "why", incident_id="abc")
+    with pytest.raises(client.MnistGrpcError) as caught, _core.translate_errors("there:1", 2.5):
+        raise cause
+    assert type(caught.value) is KINDS.get(code.name, client.ServerError)
+    assert caught.value.code == code.name
+    assert caught.value.incident_id == "abc"
+    assert caught.value.__cause__ is cause
+    assert str(caught.value).startswith("there:1: ")
+
+
+def test_an_error_without_details_or_metadata_is_still_an_error() -> None:
+    error = _core.error_of_call(FakeRpcError(grpc.StatusCode.UNKNOWN, None), "there:1", 1)
+    assert str(error) == "there:1: no details"
+    assert error.incident_id is None
+
+
+def test_a_deadline_error_says_how_long_it_was() -> None:
+    error = _core.error_of_call(FakeRpcError(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded"), "there:1", 2.5)
+    assert str(error) == "there:1: no answer within 2.5 s"
+
+
+def test_a_refused_connection_asks_whether_the_server_runs() -> None:
+    details = "failed to connect to all addresses"
+    error = _core.error_of_call(FakeRpcError(grpc.StatusCode.UNAVAILABLE, details), "there:1", 1)
+    assert str(error) == f"there:1: no server answers there; is it running? ({details})"
+
+
+def test_a_server_that_will_not_serve_speaks_for_itself() -> None:
+    error = _core.error_of_call(FakeRpcError(grpc.StatusCode.UNAVAILABLE, "the model is not loaded yet"), "there:1", 1)
+    assert str(error) == "there:1: the model is not loaded yet"
+
+
+@pytest.mark.parametrize(
+    "details",
+    [
+        "Received message larger than max (802830 vs. 500)",
+        "SERVER: Received message larger than max (802830 vs. 500)",
+        "CLIENT: Sent message larger than max (802830 vs. 500)",
+    ],
+)
+def test_a_message_too_long_for_grpc_is_no_overload(details: str) -> None:
+    error = _core.error_of_call(FakeRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, details), "there:1", 1)
+    assert type(error) is client.InvalidImageError
+    assert error.code == "RESOURCE_EXHAUSTED"
+
+
+def test_other_exceptions_pass_untouched() -> None:
+    with pytest.raises(KeyError), _core.translate_errors("there:1", 1):
+        raise KeyError("mine")
+
+
+# Target, options, health ----------------------------------------------------
+
+
+def test_the_target_given_beats_the_environment_beats_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _core.resolve_target(None) == "localhost:50051"
+    assert client.Client("given:1").target == "given:1"
+    monkeypatch.setenv("MNIST_GRPC_TARGET", "environment:2")
+    assert _core.resolve_target(None) == "environment:2"
+    assert _core.resolve_target("given:1") == "given:1"
+    monkeypatch.setenv("MNIST_GRPC_TARGET", "")
+    assert _core.resolve_target(None) == "localhost:50051"
+
+
+def test_the_service_config_is_json_that_names_real_methods() -> None:
+    config = json.loads(str(dict(_core.channel_options("there:1"))["grpc.service_config"]))
+    methods = pb.DESCRIPTOR.services_by_name["DigitClassifier"].methods_by_name
+    [method_config] = config["methodConfig"]
+    assert [name["service"] for name in method_config["name"]] == ["mnist.v1.DigitClassifier"] * 2
+    assert {name["method"] for name in method_config["name"]} == set(methods) - {"StreamClassify"}
+    assert {*method_config["retryPolicy"]["retryableStatusCodes"]} <= {code.name for code in grpc.StatusCode}
+    assert method_config["retryPolicy"]["maxAttempts"] <= 5  # gRPC cuts more
+    assert config["loadBalancingConfig"] == [{"round_robin": {}}]
+
+
+@pytest.mark.parametrize("target", ["localhost:50051", "127.0.0.1:50051", "[::1]:50051", "unix:/run/digits.sock"])
+def test_no_proxy_stands_before_this_machine(target: str) -> None:
+    assert dict(_core.channel_options(target))["grpc.enable_http_proxy"] == 0
+
+
+@pytest.mark.parametrize("target", ["digits:50051", "dns:///digits:50051", "localhost.example.com:50051"])
+def test_a_proxy_may_stand_before_another_machine(target: str) -> None:
+    assert "grpc.enable_http_proxy" not in dict(_core.channel_options(target))
+
+
+def test_health_messages_are_what_protobuf_would_write() -> None:
+    # On the wire, StringValue and Int32Value are the health messages: one field, number 1, of the same kind.
+    assert _core.health_request() == StringValue(value="mnist.v1.DigitClassifier").SerializeToString()
+    answers = [Int32Value(value=status).SerializeToString() for status in range(4)]
+    assert [_core.is_serving(answer) for answer in answers] == [False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("image", "quick"),
+    [(np.zeros((28, 28), np.uint8), True), (np.zeros((280, 280), np.uint8), False), ("digit.png", False)],
+)
+def test_only_small_arrays_are_prepared_on_the_event_loop(image: Any, quick: bool) -> None:
+    assert _core.is_quick(image) is quick

@@ -1,0 +1,209 @@
+"""What only the sync client has: threads, processes, and `client.classify`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import client
+from protos.mnist.v1 import digit_classifier_pb2 as pb
+
+if TYPE_CHECKING:
+    from tests.client.conftest import Fakes
+
+GreyImage = npt.NDArray[np.uint8]
+HOME = Path(client.__file__).parents[1]
+
+
+def run_script(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with this very client; a process that does not end is an error."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", script, *arguments],
+        cwd=HOME,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+def test_threads_may_share_a_client(server_address: str, digits: list[GreyImage]) -> None:
+    with client.Client(server_address) as shared, ThreadPoolExecutor(8) as threads:
+
+        def read(first: int) -> list[int]:
+            return [shared.classify(digits[(first + index) % 20]).digit for index in range(50)]
+
+        answers = list(threads.map(read, range(8)))
+    assert answers == [[(first + index) % 10 for index in range(50)] for first in range(8)]
+
+
+def test_threads_may_stream_over_a_shared_client(server_address: str, digits: list[GreyImage]) -> None:
+    with client.Client(server_address) as shared, ThreadPoolExecutor(4) as threads:
+
+        def read(digit: int) -> set[int]:
+            results = shared.stream_classify([digits[digit]] * 200)
+            return {result.digit for result in results if isinstance(result, client.Prediction)}
+
+        assert list(threads.map(read, range(4))) == [{0}, {1}, {2}, {3}]
+
+
+def test_a_stream_leaves_no_thread_behind(server_address: str, digits: list[GreyImage]) -> None:
+    def names() -> set[str]:
+        return {thread.name for thread in threading.enumerate() if thread.name.startswith("stream-")}
+
+    with client.Client(server_address) as digits_client:
+        assert len(list(digits_client.stream_classify(digits))) == 20
+        for result in digits_client.stream_classify(digits * 100):
+            assert isinstance(result, client.Prediction)
+            break
+    for thread in threading.enumerate():
+        if thread.name.startswith("stream-"):
+            thread.join(5)
+    assert names() == set()
+
+
+def test_leaving_the_loop_is_enough_to_end_the_call(fakes: Fakes, digits: list[GreyImage]) -> None:
+    ended = threading.Event()
+
+    def stream(messages: Iterator[pb.StreamClassifyRequest], context: Any) -> Iterator[pb.StreamClassifyResponse]:
+        context.add_callback(ended.set)
+        yield from map(fakes.answer_frames, messages)
+
+    with client.Client(fakes.serve(stream=stream)) as digits_client:
+        for _ in digits_client.stream_classify(digits * 100, window=5):
+            break
+        assert ended.wait(10)
+
+
+def test_leaving_does_not_wait_for_a_source_that_hangs(fakes: Fakes, digits: list[GreyImage]) -> None:
+    def frames() -> Iterator[GreyImage]:
+        yield digits[7]
+        fakes.stopping.wait(20)
+
+    with client.Client(fakes.serve()) as digits_client:
+        for _ in digits_client.stream_classify(frames()):
+            break
+    assert not fakes.stopping.is_set()
+
+
+def test_a_stream_may_be_closed_from_another_thread(server_address: str, digits: list[GreyImage]) -> None:
+    with client.Client(server_address) as digits_client:
+        results = digits_client.stream_classify(digits * 100)
+        next(results)
+        closer = threading.Thread(target=results.close)  # type: ignore[attr-defined]
+        closer.start()
+        closer.join(10)
+        assert not closer.is_alive()
+
+
+# client.classify ------------------------------------------------------------
+
+
+@pytest.fixture
+def peers(fakes: Fakes) -> list[str]:
+    """Who called the server that is `MNIST_GRPC_TARGET` of this test."""
+    return []
+
+
+@pytest.fixture
+def address(fakes: Fakes, peers: list[str]) -> str:
+    def classify(request: pb.ClassifyRequest, context: Any) -> pb.ClassifyResponse:
+        peers.append(context.peer())
+        return fakes.answer(request)
+
+    return fakes.serve(classify=classify)
+
+
+def test_the_one_liner_asks_the_target_of_the_environment(
+    address: str, peers: list[str], digits: list[GreyImage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MNIST_GRPC_TARGET", address)
+    assert client.classify(digits[7]).digit == 7
+    assert len(peers) == 1
+
+
+def test_the_one_liner_keeps_its_connection(address: str, peers: list[str], digits: list[GreyImage]) -> None:
+    assert [client.classify(image, target=address).digit for image in digits] == [*range(10), *range(10)]
+    assert len(peers) == 20
+    assert len(set(peers)) == 1
+
+
+def test_the_one_liner_may_be_called_from_many_threads_at_once(
+    address: str, peers: list[str], digits: list[GreyImage]
+) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        predictions = list(threads.map(lambda image: client.classify(image, target=address), digits * 5))
+    assert [prediction.digit for prediction in predictions] == [*range(10)] * 10
+    assert len(set(peers)) == 1
+
+
+def test_the_one_liner_has_a_timeout(fakes: Fakes, digits: list[GreyImage]) -> None:
+    with pytest.raises(client.DeadlineExceededError, match=r"0\.3 s"):
+        client.classify(digits[7], target=fakes.black_hole(), timeout=0.3)
+
+
+# Processes ------------------------------------------------------------------
+
+
+def test_a_process_that_leaves_everything_open_still_ends(server_address: str, digits: list[GreyImage]) -> None:
+    script = """
+import sys, threading
+import numpy as np
+import client
+
+image = np.frombuffer(bytes.fromhex(sys.argv[2]), np.uint8).reshape(28, 28)
+
+def frames():
+    yield image
+    threading.Event().wait()
+
+print(client.classify(image, target=sys.argv[1]).digit)
+digits = client.Client(sys.argv[1])
+results = digits.stream_classify(frames())
+print(next(results).digit)
+"""
+    process = run_script(script, server_address, digits[7].tobytes().hex())
+    assert (process.stdout, process.stderr, process.returncode) == ("7\n7\n", "", 0)
+
+
+def test_a_client_that_is_only_dropped_makes_no_noise(server_address: str, digits: list[GreyImage]) -> None:
+    script = """
+import gc, sys
+import numpy as np
+import client
+
+image = np.frombuffer(bytes.fromhex(sys.argv[2]), np.uint8).reshape(28, 28)
+digits = client.Client(sys.argv[1])
+print(digits.classify(image).digit)
+del digits
+gc.collect()
+"""
+    process = run_script(script, server_address, digits[7].tobytes().hex())
+    assert (process.stdout, process.stderr, process.returncode) == ("7\n", "", 0)
+
+
+def test_the_one_liner_works_on_both_sides_of_a_fork(server_address: str, digits: list[GreyImage]) -> None:
+    script = """
+import os, signal, sys
+import numpy as np
+import client
+
+signal.alarm(20)  # survives the fork no more than this
+image = np.frombuffer(bytes.fromhex(sys.argv[2]), np.uint8).reshape(28, 28)
+assert client.classify(image, target=sys.argv[1]).digit == 7
+child = os.fork()
+if child == 0:
+    signal.alarm(10)
+    os._exit(client.classify(image, target=sys.argv[1], timeout=5).digit)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), client.classify(image, target=sys.argv[1]).digit)
+"""
+    process = run_script(script.replace("-W", ""), server_address, digits[7].tobytes().hex())
+    assert (process.stdout, process.returncode) == ("7 7\n", 0), process.stderr
