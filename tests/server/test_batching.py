@@ -374,6 +374,24 @@ async def test_a_failed_batch_that_nobody_waits_for_any_more_is_logged(caplog: p
     assert "RuntimeError: broken engine" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("together", "batches"), [(1, [[1], [1], [1]]), (2, [[1, 1], [1, 1]])], ids=["after a lone item", "after a pair"]
+)
+async def test_items_that_come_together_are_taken_in_before_the_batch_is_cut(
+    together: int, batches: list[list[int]]
+) -> None:
+    engine = Engine()
+    async with batcher_of(engine, inline_size=8) as batcher:
+        await asyncio.gather(*batcher.enqueue([[0]] * together))
+        (first,) = batcher.enqueue([[1]])
+        for _ in range(3):  # turns of the loop that a call takes to get here
+            await asyncio.sleep(0)
+        (second,) = batcher.enqueue([[2]])
+        answers = await asyncio.gather(first, second)
+    assert results(answers) == [[10], [20]]
+    assert engine.rows == batches
+
+
 async def test_failing_batches_leave_the_loop_free_between_them() -> None:
     order: list[str] = []
 
