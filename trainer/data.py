@@ -112,7 +112,8 @@ def _torchvision_mnist() -> Any:
     except (ImportError, RuntimeError) as error:  # RuntimeError: "operator torchvision::nms does not exist"
         raise DataError(
             f"torchvision cannot be imported beside torch {torch.__version__}: {error}\n"
-            "Install the torchvision that was built for this torch, from the index that this torch came from"
+            "Install the torchvision that was built for this torch, from the index that this torch came from: "
+            "pip install --upgrade torch torchvision"
         ) from error
     return MNIST
 
