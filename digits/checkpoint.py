@@ -45,10 +45,10 @@ class Manifest:
     """`features = (pixel / 255 - mean) / std`."""
 
     std: float = STD
-    """Above 0."""
+    """From 1e-6 to 1e6."""
 
     temperature: float = 1.0
-    """`probabilities = softmax(logits / temperature)`; above 0."""
+    """`probabilities = softmax(logits / temperature)`; from 1e-6 to 1e6."""
 
     labels: tuple[str, ...] = tuple(str(digit) for digit in range(CLASSES))
     """The meaning of each of the ten classes."""
@@ -107,7 +107,7 @@ def load_checkpoint(weights: str | os.PathLike[str]) -> Checkpoint:
         raise InvalidCheckpoint(f"{path}: cannot be read: {error.strerror}") from error
     manifest = _read_manifest(manifest_path(path))
     sha256 = hashlib.sha256(content).hexdigest()
-    if manifest.sha256 and manifest.sha256 != sha256:
+    if manifest.sha256 and manifest.sha256.lower() != sha256:
         raise InvalidCheckpoint(
             f"{path}: SHA-256 is {sha256}, but {manifest_path(path).name} says {manifest.sha256}: "
             "the two files do not belong together"
@@ -181,8 +181,8 @@ def _read_manifest(path: Path) -> Manifest:
         isinstance(architecture, str) and architecture in ARCHITECTURES,
     )
     require("mean", "a finite number", not math.isnan(number("mean")))
-    require("std", "a number above 0", number("std") > 0)
-    require("temperature", "a number above 0", number("temperature") > 0)
+    require("std", "a number from 1e-6 to 1e6", 1e-6 <= number("std") <= 1e6)
+    require("temperature", "a number from 1e-6 to 1e6", 1e-6 <= number("temperature") <= 1e6)
     require(
         "labels",
         f"a list of {CLASSES} texts",

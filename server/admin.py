@@ -40,7 +40,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
 
     def set_serving(self, serving: bool) -> None:
         """Answer SERVING or NOT_SERVING from now on."""
-        self._serving = serving
+        self._serving = serving and not self._ended
         self._wake()
 
     def end(self) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from server import admin, servicer
-from server.errors import CannotServe
+from server.errors import CannotServe, not_installed
 from server.service import DigitService
 from server.settings import Settings
 
@@ -42,18 +42,7 @@ class DigitServer:
         self._service = DigitService(settings)
         self._health = admin.HealthServicer(HEALTH_NAMES)
         self._reflection = admin.ReflectionServicer((servicer.SERVICE_NAME, *admin.SERVICES))
-        limit = _TRANSPORT_MARGIN * settings.max_message_bytes
-        self._server = grpc.aio.server(
-            options=[
-                # A second server on a taken port is to fail, not to share it.
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", limit),
-                ("grpc.max_send_message_length", limit),
-                # What the SDK's keepalive of one ping a minute needs.
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 30_000),
-                ("grpc.keepalive_permit_without_calls", 1),
-            ]
-        )
+        self._server = grpc.aio.server(options=server_options(settings))
         servicer.add_to_server(servicer.DigitClassifierServicer(self._service), self._server)
         admin.add_to_server(self._health, self._reflection, self._server)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -67,14 +56,14 @@ class DigitServer:
 
     async def start(self) -> None:
         """Listen: health answers NOT_SERVING, the methods UNAVAILABLE."""
-        await self._service.__aenter__()
+        await self._service.start()
         await self._server.start()
 
     async def load(self) -> None:
         """Load the weights, warm up, read the golden digits; then serve.
 
         Raises:
-            InvalidCheckpoint, UnfitModel: the weights cannot be served.
+            CannotServe: torch is not installed, or the weights cannot be served.
         """
         settings = self._settings
         start = time.monotonic()
@@ -89,7 +78,21 @@ class DigitServer:
         self._reflection.end()
         self._service.drain()
         await self._server.stop(self._settings.grace if grace is None else grace)
-        await self._service.__aexit__()
+        await self._service.close()
+
+
+def server_options(settings: Settings) -> list[tuple[str, int]]:
+    """gRPC's options for a server."""
+    limit = _TRANSPORT_MARGIN * settings.max_message_bytes
+    return [
+        # A second server on a taken port is to fail, not to share it.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", limit),
+        ("grpc.max_send_message_length", limit),
+        # What the SDK's keepalive of one ping a minute needs.
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 30_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]
 
 
 async def _load_classifier(settings: Settings) -> Classifier:
@@ -98,12 +101,15 @@ async def _load_classifier(settings: Settings) -> Classifier:
 
     def load() -> None:
         # Here, because torch takes seconds to import and the port can be open meanwhile.
+        loaded.set_running_or_notify_cancel()  # whoever waits may be cancelled, this work not
         try:
             from server.inference import load_classifier
 
             loaded.set_result(
                 load_classifier(settings.weights, device=settings.device, max_batch_size=settings.max_batch_size)
             )
+        except ModuleNotFoundError as error:
+            loaded.set_exception(CannotServe(not_installed(error)))
         except BaseException as error:
             loaded.set_exception(error)
 
@@ -115,17 +121,6 @@ def build_server(settings: Settings) -> tuple[DigitServer, int]:
     """Return a server that is bound but not started, and its port. Called in the event loop."""
     server = DigitServer(settings)
     return server, server.port
-
-
-def _raise_if_failed(loading: asyncio.Task[None]) -> None:
-    if (error := loading.exception()) is None:
-        return
-    from digits.checkpoint import InvalidCheckpoint
-    from server.inference import UnfitModel
-
-    if isinstance(error, (InvalidCheckpoint, UnfitModel)):
-        raise CannotServe(str(error)) from error
-    raise error
 
 
 async def serve(settings: Settings) -> None:
@@ -148,11 +143,12 @@ async def serve(settings: Settings) -> None:
         stopping = asyncio.create_task(told_to_stop.wait())
         await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
-            _raise_if_failed(loading)
+            await loading
             print(f"serving on {server.address}", flush=True)
             await stopping
         logger.info("draining for up to %g s", settings.grace)
     finally:
+        loading.cancel()
         stopping.cancel()
         await server.stop()
     logger.info("stopped")

@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,9 @@ logger = logging.getLogger(__name__)
 TURNS_PER_ITEM, MAX_QUIET_TURNS, MAX_TURNS = 4, 32, 128
 """How long a batch gathers, in turns of the event loop: until so many for each item of the last batch, at most so many,
 brought no new item, and never longer than so many (docs/design.md has the figures)."""
+
+PAUSE_SECONDS = 0.01
+"""Items that come after a longer pause come alone, until a batch shows otherwise."""
 
 Item = TypeVar("Item", bound=Sized)
 Result = TypeVar("Result", bound=Sized)
@@ -65,7 +69,7 @@ class Answer(Generic[Result]):
     queue_seconds: float
     """From submission to the start of the batch."""
     compute_seconds: float
-    """Duration of the batch."""
+    """How long `run_batch` took."""
 
 
 class _Entry(Generic[Item, Result]):
@@ -203,8 +207,7 @@ class DynamicBatcher(Generic[Item, Result]):
             if not self._queue:
                 if self._closed:
                     return
-                self._arrived.clear()
-                await self._arrived.wait()
+                await self._idle()
                 continue
             await self._take_in_arrivals()
             await self._keep_window_open()
@@ -214,6 +217,14 @@ class DynamicBatcher(Generic[Item, Result]):
                 await self._answer(batch)
                 # Let the callers take their answers before the next batch is cut.
                 await asyncio.sleep(0)
+
+    async def _idle(self) -> None:
+        """Wait for an item; after a pause, the company that the last batch had means nothing."""
+        self._arrived.clear()
+        idle_since = time.monotonic()
+        await self._arrived.wait()
+        if time.monotonic() - idle_since > PAUSE_SECONDS:
+            self._last_items = 1
 
     async def _take_in_arrivals(self) -> None:
         """While items come together, let the loop turn until no more come.
@@ -278,11 +289,9 @@ class DynamicBatcher(Generic[Item, Result]):
         start = loop.time()
         try:
             if rows <= self._inline_size:
-                results = self._run_batch(items)
-                compute_seconds = loop.time() - start
+                results, compute_seconds = self._run_timed(items)
             else:
-                results = await loop.run_in_executor(self._thread, self._run_batch, items)
-                compute_seconds = loop.time() - start
+                results, compute_seconds = await loop.run_in_executor(self._thread, self._run_timed, items)
             _check_rows(items, results)
         except Exception as error:
             waiting = [entry for entry in batch if not entry.future.done()]
@@ -294,6 +303,14 @@ class DynamicBatcher(Generic[Item, Result]):
         for entry, result in zip(batch, results, strict=True):
             if not entry.future.done():
                 entry.future.set_result(Answer(result, rows, start - entry.arrived, compute_seconds))
+
+    def _run_timed(self, items: list[Item]) -> tuple[Sequence[Result], float]:
+        start = time.perf_counter()
+        try:
+            results = self._run_batch(items)
+        except StopIteration as error:  # which no future can hold
+            raise RuntimeError("run_batch raised StopIteration") from error
+        return results, time.perf_counter() - start
 
 
 def _check_rows(items: Sequence[Sized], results: Sequence[Sized]) -> None:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from server.errors import CannotServe
+from server.errors import CannotServe, not_installed
 from server.settings import InvalidSetting, Settings, read_settings
 
 
@@ -29,14 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger(__name__).info("starting with %s", values)
     try:
         from server.app import serve  # needs what the base install, the client, does not bring
-
-        asyncio.run(serve(settings))
     except ModuleNotFoundError as error:
-        print(
-            f"mnist-grpc-server: {error.name} is not installed; pip install 'mnist-grpc[server]' brings it",
-            file=sys.stderr,
-        )
+        print(f"mnist-grpc-server: {not_installed(error)}", file=sys.stderr)
         return 1
+    try:
+        asyncio.run(serve(settings))
     except CannotServe as error:
         print(f"mnist-grpc-server: {error}", file=sys.stderr)
         return 1

@@ -69,3 +69,8 @@ class NotServing(ServiceError):
 
 class CannotServe(Exception):
     """The server cannot start: its address or its weights cannot be used."""
+
+
+def not_installed(error: ModuleNotFoundError) -> str:
+    """What to tell a person who has the client only."""
+    return f"{error.name} is not installed; pip install 'mnist-grpc[server]' brings it"

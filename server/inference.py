@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from digits.checkpoint import Checkpoint, load_checkpoint
+from digits.checkpoint import Checkpoint, InvalidCheckpoint, load_checkpoint
 from digits.preprocessing import PIXELS, normalize
+from server.errors import CannotServe
 from server.golden import golden_digits
 from server.inputs import Rows
 
@@ -24,8 +25,8 @@ Not 1: weights made elsewhere may differ from ours on a digit or two.
 """
 
 
-class UnfitModel(ValueError):
-    """The weights load, but do not read digits."""
+class UnfitModel(CannotServe):
+    """The weights do not load, or do not read digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +87,18 @@ class Classifier:
 def load_classifier(weights: str | os.PathLike[str], *, device: str = "cpu", max_batch_size: int) -> Classifier:
     """Load weights, warm them up and have them read the golden digits.
 
-    One torch thread: more of them fight over the cores with the rest of a
-    server this small (`--workers` is for more cores).
+    One torch thread: more of them would fight over the cores with the rest of a
+    server this small.
 
     Raises:
-        InvalidCheckpoint: the file cannot be loaded.
-        UnfitModel: the device does not exist, or the model reads too few golden digits.
+        UnfitModel: the file cannot be loaded, the device does not exist, or the
+            model reads too few golden digits.
     """
     torch.set_num_threads(1)
-    checkpoint = load_checkpoint(weights)
+    try:
+        checkpoint = load_checkpoint(weights)
+    except InvalidCheckpoint as error:
+        raise UnfitModel(str(error)) from error
     try:
         classifier = Classifier(checkpoint, device)
         for n in (1, max_batch_size):
@@ -110,7 +114,7 @@ def check_golden(classifier: Classifier, name: str) -> None:
     pixels, labels = golden_digits()
     scores = classifier.predict(pixels)
     right = int((scores.digits == labels).sum())
-    if not np.isfinite(scores.logits).all() or right < GOLDEN_NEEDED * len(labels):
+    if not np.isfinite(scores.probabilities).all() or right < GOLDEN_NEEDED * len(labels):
         raise UnfitModel(
             f"{name}: a model reads at least {GOLDEN_NEEDED:.0%} of the {len(labels)} golden digits, "
             f"this one reads {right}"

@@ -5,7 +5,7 @@ Knows the messages and NumPy; knows neither the queue nor a transport.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -47,8 +47,16 @@ def count_images(request: pb.ClassifyRequest) -> int:
     return max(1, len(request.encoded.files))
 
 
+def count_bytes(request: pb.ClassifyRequest) -> int:
+    """The length of a request's images."""
+    form = request.WhichOneof("images")
+    if form == "encoded":
+        return sum(len(file) for file in request.encoded.files)
+    return len(request.pixels) + len(request.features)
+
+
 def read_buffer(request: pb.ClassifyRequest) -> Inputs:
-    """View the pixels or features of a request as rows, without copying.
+    """View the pixels or features of a request as rows.
 
     Raises:
         InvalidArgument: none of the three forms is set, or the buffer is empty
@@ -87,19 +95,20 @@ def _view(name: str, buffer: bytes, dtype: np.dtype[np.generic], row_bytes: int)
     return rows
 
 
-def decode(files: Sequence[bytes], keep_on: Callable[[], bool] = lambda: True) -> Inputs:
-    """Make pixels of encoded image files; slow, so not for the event loop.
+def decode(file: bytes) -> npt.NDArray[np.uint8] | InvalidImage:
+    """Make pixels, `uint8[784]`, of an image file, or say why not; slow, so not for the event loop."""
+    try:
+        return to_pixels(file).reshape(PIXELS)
+    except InvalidImage as error:
+        return error
 
-    `keep_on` is asked before each file; False ends the work early (nobody waits
-    for it any more).
-    """
-    good, errors = [], {}
-    for index, file in enumerate(files):
-        if not keep_on():
-            break
-        try:
-            good.append(to_pixels(file).reshape(PIXELS))
-        except InvalidImage as error:
-            errors[index] = InvalidArgument(f"encoded.files[{index}]", str(error))
-    rows = np.stack(good) if good else np.empty((0, PIXELS), np.uint8)
-    return Inputs(len(files), rows, errors)
+
+def collect(decoded: Sequence[npt.NDArray[np.uint8] | InvalidImage]) -> Inputs:
+    """The files of one request, put together again."""
+    good = [pixels for pixels in decoded if not isinstance(pixels, InvalidImage)]
+    errors = {
+        index: InvalidArgument(f"encoded.files[{index}]", str(error))
+        for index, error in enumerate(decoded)
+        if isinstance(error, InvalidImage)
+    }
+    return Inputs(len(decoded), np.stack(good) if good else np.empty((0, PIXELS), np.uint8), errors)

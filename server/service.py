@@ -10,34 +10,42 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
+import numpy as np
+import numpy.typing as npt
+
+from digits.preprocessing import InvalidImage
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 from server.answers import build_response
 from server.batching import Answer, DeadlineExpired, DynamicBatcher, QueueClosed, QueueFull
 from server.errors import DeadlineExceeded, Internal, InvalidArgument, NotServing, Overloaded, ServiceError
-from server.inputs import Inputs, Rows, count_images, decode, read_buffer
+from server.inputs import Inputs, Rows, collect, count_bytes, count_images, decode, read_buffer
 from server.settings import Settings
+from server.stream import FrameStream, Read, Write, build_blocks, error_block
 from server.version import server_version
 
 if TYPE_CHECKING:  # torch is imported by whoever loads the model, when the port is already open
+    from digits.checkpoint import Checkpoint
     from server.inference import Classifier, Scores
 
 logger = logging.getLogger(__name__)
 
 MODEL_NAME = "mnist"
 RETRY_AFTER_SECONDS = 0.05
-"""What a refused caller is told to wait: a full default queue is worked off in about that time."""
+"""What a caller is told to wait that a full queue refused: a default one is worked off in about that time."""
+
+MAX_DECODING_BYTES = 64 * 1024 * 1024
+"""Of image files that wait to be decoded; more are refused."""
+
+DECODING_RETRY_SECONDS = 1.0
+"""What a caller is told to wait that was refused for that."""
 
 INLINE_SIZE = 32
 """Batches of up to this many images run on the event loop (docs/design.md has the figures)."""
-
-Read = Callable[[], Awaitable[pb.StreamClassifyRequest | None]]
-Write = Callable[[pb.StreamClassifyResponse], Awaitable[None]]
 
 
 class DigitService:
@@ -58,15 +66,23 @@ class DigitService:
             inline_size=INLINE_SIZE,
         )
         self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
-        self._decoding = 0  # images that wait for the decoder or are in it
-        self._streams: set[_Stream] = set()
+        self._decoding_bytes = 0  # of the requests that wait for the decoder or are in it
+        self._streams: set[FrameStream] = set()
         self._draining = False
 
-    async def __aenter__(self) -> DigitService:
-        await self._batcher.__aenter__()
+    async def __aenter__(self) -> Self:
+        await self.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        """Begin to batch, in the running event loop."""
+        await self._batcher.__aenter__()
+
+    async def close(self) -> None:
+        """Finish what waits, and end."""
         await self._batcher.close()
         self._decoder.shutdown(wait=False, cancel_futures=True)
 
@@ -89,28 +105,53 @@ class DigitService:
         `timeout` is what is left of the caller's deadline, in seconds.
         """
         deadline = _deadline(timeout)
-        with _named_errors():
-            inputs = await self._read(request)
+        with named_errors():
+            inputs = await self._read(request, deadline)
             if inputs.errors:
                 raise inputs.errors[min(inputs.errors)]
             return build_response(await self._submit(inputs.rows, deadline), request.include_logits)
 
     async def stream_classify(self, read: Read, write: Write, timeout: float | None = None) -> None:
-        """Answer frames in order until `read` returns None; see `_Stream`."""
+        """Answer frames in order until `read` returns None; see `FrameStream`."""
         self._model()
         if self._draining:
             raise NotServing("the server is about to stop")
-        stream = _Stream(self, self._settings.stream_window, _deadline(timeout))
+        deadline = _deadline(timeout)
+        stream = FrameStream(lambda request: self._answer_frames(request, deadline), self._settings.stream_window)
         self._streams.add(stream)
         try:
-            with _named_errors():
+            with named_errors():
                 await stream.run(read, write)
         finally:
             self._streams.discard(stream)
 
     def get_model(self) -> pb.GetModelResponse:
         """Describe the model."""
-        checkpoint = self._model().checkpoint
+        with named_errors():
+            return self._describe(self._model().checkpoint)
+
+    async def _answer_frames(self, request: pb.StreamClassifyRequest, deadline: float | None) -> list[pb.FrameBlock]:
+        """Answer the frames of one stream message; a frame's error stands in its place."""
+        first, frames = request.first_sequence, request.frames
+        try:
+            with named_errors():
+                inputs = await self._read(frames, deadline)
+                answers = await self._submit(inputs.rows, deadline) if len(inputs.rows) else []
+                return build_blocks(first, inputs, answers, frames.include_logits)
+        except ServiceError as error:
+            return [error_block(first, count_images(frames), error)]
+
+    # Steps --------------------------------------------------------------------
+
+    def _model(self) -> Classifier:
+        if self._classifier is None:
+            raise NotServing("the model is not loaded yet")
+        return self._classifier
+
+    def _run_batch(self, blocks: list[Rows]) -> list[Scores]:
+        return self._model().run_batch(blocks)
+
+    def _describe(self, checkpoint: Checkpoint) -> pb.GetModelResponse:
         manifest = checkpoint.manifest
         return pb.GetModelResponse(
             name=MODEL_NAME,
@@ -129,59 +170,36 @@ class DigitService:
             max_message_bytes=self._settings.max_message_bytes,
         )
 
-    async def answer_frames(self, request: pb.StreamClassifyRequest, deadline: float | None) -> list[pb.FrameBlock]:
-        """Answer the frames of one stream message; a frame's error stands in its place."""
-        first, frames = request.first_sequence, request.frames
-        try:
-            with _named_errors():
-                inputs = await self._read(frames)
-                answers = await self._submit(inputs.rows, deadline) if len(inputs.rows) else []
-                if not inputs.errors:
-                    response = build_response(answers, frames.include_logits)
-                    return [pb.FrameBlock(first_sequence=first, frame_count=inputs.count, result=response)]
-                return _blocks_with_errors(first, inputs, answers, frames.include_logits)
-        except ServiceError as error:
-            return [_error_block(first, count_images(frames), error)]
-
-    # Steps --------------------------------------------------------------------
-
-    def _model(self) -> Classifier:
-        if self._classifier is None:
-            raise NotServing("the model is not loaded yet")
-        return self._classifier
-
-    def _run_batch(self, blocks: list[Rows]) -> list[Scores]:
-        return self._model().run_batch(blocks)
-
-    async def _read(self, request: pb.ClassifyRequest) -> Inputs:
+    async def _read(self, request: pb.ClassifyRequest, deadline: float | None) -> Inputs:
         self._model()
-        size, limit = request.ByteSize(), self._settings.max_message_bytes
-        if size > limit:
+        if (size := count_bytes(request)) > (limit := self._settings.max_message_bytes):
             raise InvalidArgument("images", f"a request has at most {limit} bytes, this one has {size}")
-        if (count := count_images(request)) > self._settings.max_queue_size:
-            raise InvalidArgument(
-                "images", f"a request carries at most {self._settings.max_queue_size} images, this one {count}"
-            )
+        if (count := count_images(request)) > (limit := self._settings.max_queue_size):
+            raise InvalidArgument("images", f"a request carries at most {limit} images, this one {count}")
         if request.WhichOneof("images") == "encoded":
-            return await self._decode(request.encoded)
+            return await self._decode(request.encoded, size, deadline)
         return read_buffer(request)
 
-    async def _decode(self, encoded: pb.EncodedImages) -> Inputs:
-        """Decode off the event loop, one request at a time, for a bounded number of images."""
-        count = len(encoded.files)
-        if not count:
+    async def _decode(self, encoded: pb.EncodedImages, size: int, deadline: float | None) -> Inputs:
+        """Decode off the event loop; requests take turns file by file, and hold a bounded number of bytes."""
+        if not encoded.files:
             raise InvalidArgument("encoded.files", "a request carries 1 or more images, this one carries 0")
-        if self._decoding and self._decoding + count > self._settings.max_queue_size:
-            raise Overloaded(f"{self._decoding} images wait to be decoded: no room for {count}", RETRY_AFTER_SECONDS)
-        self._decoding += count
-        wanted = True
-        try:
-            return await asyncio.get_running_loop().run_in_executor(
-                self._decoder, decode, encoded.files, lambda: wanted
+        if self._decoding_bytes and self._decoding_bytes + size > MAX_DECODING_BYTES:
+            raise Overloaded(
+                f"{self._decoding_bytes} bytes of image files wait to be decoded: no room for {size} more",
+                DECODING_RETRY_SECONDS,
             )
+        loop = asyncio.get_running_loop()
+        decoded: list[npt.NDArray[np.uint8] | InvalidImage] = []
+        self._decoding_bytes += size
+        try:
+            for file in encoded.files:
+                if deadline is not None and loop.time() >= deadline:
+                    raise DeadlineExceeded(f"the deadline passed after {len(decoded)} files were decoded")
+                decoded.append(await loop.run_in_executor(self._decoder, decode, file))
         finally:
-            wanted = False
-            self._decoding -= count
+            self._decoding_bytes -= size
+        return collect(decoded)
 
     async def _submit(self, rows: Rows, deadline: float | None) -> list[Answer[Scores]]:
         """Have rows computed by one model, in parts of at most `max_batch_size`."""
@@ -204,136 +222,13 @@ class DigitService:
                     future.exception()  # another part's failure is the one that is told
 
 
-class _Stream:
-    """One open stream: a reader that runs ahead of a writer by a bounded window.
-
-    The reader starts on each message as it comes, so that one stream alone
-    fills batches; the writer sends the answers in the order of arrival. While
-    `window` frames are unanswered, the message that was read last is held back
-    and nothing more is read: the transport's flow control holds the sender.
-    """
-
-    def __init__(self, service: DigitService, window: int, deadline: float | None) -> None:
-        self._service = service
-        self._window = window
-        self._deadline = deadline
-        self._complete = False  # the sender has said that nothing more comes, and all is pending
-        self._pending: deque[tuple[int, asyncio.Task[list[pb.FrameBlock]]]] = deque()
-        self._unanswered = 0
-        self._ended = False  # nothing more will be pending
-        self._draining = False
-        self._changed = asyncio.Event()  # for the writer: something is pending, or the end
-        self._room = asyncio.Event()  # for the reader
-
-    def drain(self) -> None:
-        """Read no more; end with NotServing once all that was read is answered."""
-        self._draining = True
-        self._end()
-
-    async def run(self, read: Read, write: Write) -> None:
-        reader = asyncio.create_task(self._read(read), name="stream-reader")
-        try:
-            await self._write(write)
-            if self._draining and not self._complete:
-                raise NotServing("the server is about to stop; open the stream again to reach another one")
-            await reader
-        finally:
-            reader.cancel()
-            for _, task in self._pending:
-                task.cancel()
-            await asyncio.gather(reader, *(task for _, task in self._pending), return_exceptions=True)
-
-    async def _read(self, read: Read) -> None:
-        try:
-            while (request := await read()) is not None:
-                count = count_images(request.frames)
-                # A message larger than the window goes when it is alone.
-                while self._unanswered and self._unanswered + count > self._window:
-                    self._room.clear()
-                    await self._room.wait()
-                if self._draining:
-                    return
-                task = asyncio.create_task(self._service.answer_frames(request, self._deadline))
-                self._pending.append((count, task))
-                self._unanswered += count
-                self._changed.set()
-            self._complete = True
-        finally:
-            self._end()
-
-    def _end(self) -> None:
-        self._ended = True
-        self._changed.set()
-
-    async def _write(self, write: Write) -> None:
-        """Send each message's answer when it is ready, with those that are ready behind it."""
-        while True:
-            while not self._pending:
-                if self._ended:
-                    return
-                self._changed.clear()
-                await self._changed.wait()
-            await self._pending[0][1]
-            response = pb.StreamClassifyResponse()
-            count = 0
-            while self._pending and self._pending[0][1].done():
-                frames, task = self._pending.popleft()
-                response.blocks.extend(task.result())
-                count += frames
-            await write(response)
-            self._unanswered -= count
-            self._room.set()
-
-
-def _blocks_with_errors(
-    first: int, inputs: Inputs, answers: list[Answer[Scores]], include_logits: bool
-) -> list[pb.FrameBlock]:
-    """Blocks for frames of which some are bad: runs of good ones, and each bad one alone."""
-    blocks = []
-    index = taken = 0
-    while index < inputs.count:
-        if (error := inputs.errors.get(index)) is not None:
-            blocks.append(_error_block(first + index, 1, error))
-            index += 1
-            continue
-        end = min((bad for bad in inputs.errors if bad > index), default=inputs.count)
-        part = _rows_of(answers, taken, taken + end - index)
-        response = build_response(part, include_logits)
-        blocks.append(pb.FrameBlock(first_sequence=first + index, frame_count=end - index, result=response))
-        taken += end - index
-        index = end
-    return blocks
-
-
-def _rows_of(answers: list[Answer[Scores]], start: int, end: int) -> list[Answer[Scores]]:
-    """The part of the answers that covers rows start to end of all."""
-    part = []
-    offset = 0
-    for answer in answers:
-        low, high = max(start - offset, 0), min(end - offset, len(answer.result))
-        if low < high:
-            part.append(
-                Answer(answer.result[low:high], answer.batch_rows, answer.queue_seconds, answer.compute_seconds)
-            )
-        offset += len(answer.result)
-    return part
-
-
-def _error_block(first: int, count: int, error: ServiceError) -> pb.FrameBlock:
-    return pb.FrameBlock(
-        first_sequence=first,
-        frame_count=count,
-        error=pb.FrameError(code=error.number, message=str(error), field=error.field, incident_id=error.incident_id),
-    )
-
-
 def _deadline(timeout: float | None) -> float | None:
     """When a caller's time is over, on the event loop's clock."""
     return None if timeout is None else asyncio.get_running_loop().time() + timeout
 
 
 @contextmanager
-def _named_errors() -> Iterator[None]:
+def named_errors() -> Iterator[None]:
     """Turn whatever went wrong into the ServiceError that the caller may see."""
     try:
         yield

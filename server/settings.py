@@ -43,7 +43,7 @@ class Settings:
     max_queue_size: int = _setting(8192, "most images that wait for a batch; more are refused with RESOURCE_EXHAUSTED")
     stream_window: int = _setting(512, "most unanswered frames of one stream; then the server stops reading it")
     max_message_bytes: int = _setting(4 * 1024 * 1024, "longest request message that is accepted, in bytes")
-    grace: float = _setting(10.0, "how long accepted calls may go on after SIGTERM, in seconds")
+    grace: float = _setting(8.0, "how long accepted calls may go on after SIGTERM, in seconds")
     log_format: str = _setting("text", "text or json")
     log_level: str = _setting("info", "debug, info, warning or error")
 

@@ -1,4 +1,4 @@
-"""Twenty digits that every sound model reads: asked before a model is served.
+"""Twenty digits of which every sound model reads at least 18: asked before it is served.
 
 `digits.png` is a sheet of 28x28 tiles, two rows of ten, column i showing the
 digit i. Written by people, not by us: from the UCI "Optical Recognition of

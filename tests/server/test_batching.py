@@ -392,6 +392,19 @@ async def test_items_that_come_together_are_taken_in_before_the_batch_is_cut(
     assert engine.rows == batches
 
 
+@pytest.mark.parametrize("inline_size", [0, 8])
+async def test_a_stop_iteration_fails_its_batch_like_any_error(inline_size: int) -> None:
+    def run(items: list[Block]) -> list[Block]:
+        if items == [[1]]:
+            raise StopIteration
+        return items
+
+    async with batcher_of(run, inline_size=inline_size) as batcher:
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            await batcher.submit([1])
+        assert (await batcher.submit([2])).result == [2]
+
+
 async def test_failing_batches_leave_the_loop_free_between_them() -> None:
     order: list[str] = []
 

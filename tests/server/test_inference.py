@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from digits.checkpoint import Checkpoint, InvalidCheckpoint, Manifest, load_checkpoint, save_checkpoint
+from digits.checkpoint import Checkpoint, Manifest, load_checkpoint, save_checkpoint
 from digits.network import ImprovedNN
 from digits.preprocessing import normalize
 from server.inference import Classifier, UnfitModel, check_golden, load_classifier
@@ -134,5 +134,5 @@ def test_a_device_that_cannot_be_used_is_named(device: str) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InvalidCheckpoint, match=r"absent\.pth: cannot be read: No such file"):
+    with pytest.raises(UnfitModel, match=r"absent\.pth: cannot be read: No such file"):
         load_classifier(tmp_path / "absent.pth", max_batch_size=4)

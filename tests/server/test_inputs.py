@@ -14,7 +14,7 @@ from PIL import Image
 
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 from server.errors import InvalidArgument
-from server.inputs import count_images, decode, read_buffer
+from server.inputs import collect, count_images, decode, read_buffer
 
 Golden = tuple[npt.NDArray[np.uint8], list[int]]
 
@@ -113,13 +113,13 @@ def test_the_number_of_images_is_known_before_any_is_checked(request_: pb.Classi
 
 
 def test_files_become_pixels_in_their_order(golden: Golden, golden_files: list[bytes]) -> None:
-    inputs = decode(golden_files)
+    inputs = collect([decode(file) for file in golden_files])
     assert (inputs.count, inputs.errors) == (20, {})
     assert np.array_equal(inputs.rows, golden[0])
 
 
 def test_a_bad_file_is_named_by_its_index_and_the_others_are_kept(golden: Golden, golden_files: list[bytes]) -> None:
-    inputs = decode([golden_files[0], b"not an image", golden_files[2], b""])
+    inputs = collect([decode(file) for file in (golden_files[0], b"not an image", golden_files[2], b"")])
     assert inputs.count == 4
     assert np.array_equal(inputs.rows, golden[0][[0, 2]])
     assert sorted(inputs.errors) == [1, 3]
@@ -128,18 +128,7 @@ def test_a_bad_file_is_named_by_its_index_and_the_others_are_kept(golden: Golden
 
 
 def test_files_of_which_none_is_an_image_leave_no_rows() -> None:
-    assert decode([b"a", b"b"]).rows.shape == (0, 784)
-
-
-def test_decoding_ends_when_nobody_waits_for_it(golden_files: list[bytes]) -> None:
-    asked: list[None] = []
-
-    def keep_on() -> bool:
-        asked.append(None)
-        return len(asked) <= 2
-
-    assert len(decode(golden_files, keep_on).rows) == 2
-    assert len(asked) == 3
+    assert collect([decode(b"a"), decode(b"b")]).rows.shape == (0, 784)
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of damaged tags and of great sizes
@@ -154,5 +143,5 @@ def test_a_damaged_file_is_an_image_or_an_error_and_nothing_else(file_format: st
     content = bytearray(buffer.getvalue())
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    inputs = decode([bytes(content[: data.draw(st.integers(0, len(content)))])])
+    inputs = collect([decode(bytes(content[: data.draw(st.integers(0, len(content)))]))])
     assert len(inputs.rows) + len(inputs.errors) == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from digits.network import ImprovedNN
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 from server.errors import DeadlineExceeded, Internal, InvalidArgument, NotServing, Overloaded, ServiceError
 from server.inference import Classifier, Scores
-from server.inputs import Inputs, Rows, decode
+from server.inputs import Rows, decode
 from server.service import DigitService
 from server.settings import Settings
 
@@ -321,9 +321,9 @@ async def test_the_time_of_decoding_counts_towards_the_deadline(
 ) -> None:
     decoded = threading.Event()
 
-    def slow_decode(contents: Sequence[bytes], keep_on: Callable[[], bool]) -> Inputs:
+    def slow_decode(file: bytes) -> Any:
         assert decoded.wait(20)
-        return decode(contents, keep_on)
+        return decode(file)
 
     monkeypatch.setattr(server.service, "decode", slow_decode)
     async with serving(model) as service:
@@ -331,6 +331,61 @@ async def test_the_time_of_decoding_counts_towards_the_deadline(
         with pytest.raises(DeadlineExceeded):
             await service.classify(files(golden_files[0]), timeout=0.05)
     assert model.batches == []
+
+
+async def test_requests_take_turns_at_the_decoder_file_by_file(
+    model: Model, golden_files: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[bytes] = []
+    first, go = threading.Event(), threading.Event()
+
+    def noted(file: bytes) -> Any:
+        decoded.append(file)
+        first.set()
+        assert go.wait(20)
+        return decode(file)
+
+    monkeypatch.setattr(server.service, "decode", noted)
+    async with serving(model) as service:
+        many = asyncio.create_task(service.classify(files(*golden_files[:10])))
+        assert await asyncio.to_thread(first.wait, 20)
+        one = asyncio.create_task(service.classify(files(golden_files[19])))
+        await idle()
+        go.set()
+        await asyncio.gather(many, one)
+    assert decoded.index(golden_files[19]) <= 2
+
+
+async def test_files_that_wait_for_the_decoder_are_bounded_in_bytes(
+    model: Model, golden_files: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = threading.Event()
+
+    def slow_decode(file: bytes) -> Any:
+        assert go.wait(20)
+        return decode(file)
+
+    monkeypatch.setattr(server.service, "decode", slow_decode)
+    monkeypatch.setattr(server.service, "MAX_DECODING_BYTES", len(golden_files[0]) + 10)
+    async with serving(model) as service:
+        first = asyncio.create_task(service.classify(files(golden_files[0])))
+        await idle()
+        with pytest.raises(Overloaded, match="wait to be decoded"):
+            await service.classify(files(golden_files[1]))
+        go.set()
+        await first
+        await service.classify(files(golden_files[1]))  # there is room again
+
+
+async def test_a_fault_in_describing_the_model_is_an_incident(
+    model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(model) as service:
+        monkeypatch.setattr(service, "_describe", lambda _: 1 / 0)
+        with pytest.raises(Internal) as error:
+            service.get_model()
+    assert "division" not in str(error.value)
+    assert "ZeroDivisionError" in caplog.text
 
 
 async def test_a_cancelled_call_leaves_the_queue(held_model: Model) -> None:
@@ -428,10 +483,10 @@ async def test_a_slow_first_frame_keeps_its_place(
 ) -> None:
     begun, go = threading.Event(), threading.Event()
 
-    def slow_decode(contents: Sequence[bytes], keep_on: Callable[[], bool]) -> Inputs:
+    def slow_decode(file: bytes) -> Any:
         begun.set()
         assert go.wait(20)
-        return decode(contents, keep_on)
+        return decode(file)
 
     monkeypatch.setattr(server.service, "decode", slow_decode)
     async with serving(model) as service:

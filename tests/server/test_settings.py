@@ -27,7 +27,7 @@ def test_a_flag_beats_the_environment_which_beats_the_default() -> None:
     settings, sources = read_settings(
         ["--port", "1"], {"MNIST_GRPC_PORT": "2", "MNIST_GRPC_MAX_WAIT_MS": "2.5", "MNIST_GRPC_HOST": "::1"}
     )
-    assert (settings.port, settings.max_wait_ms, settings.host, settings.grace) == (1, 2.5, "::1", 10)
+    assert (settings.port, settings.max_wait_ms, settings.host, settings.grace) == (1, 2.5, "::1", 8)
     assert (sources["port"], sources["max_wait_ms"], sources["grace"]) == ("flag", "environment", "default")
 
 

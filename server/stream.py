@@ -1,0 +1,150 @@
+"""One open stream: frames in, blocks of answers out, in order and within a window.
+
+Knows the messages; knows neither how frames are answered nor a transport.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any
+
+from protos.mnist.v1 import digit_classifier_pb2 as pb
+from server.answers import build_response
+from server.batching import Answer
+from server.errors import NotServing, ServiceError
+from server.inputs import Inputs, count_images
+
+if TYPE_CHECKING:
+    from server.inference import Scores
+
+AnswerFrames = Callable[[pb.StreamClassifyRequest], Coroutine[Any, Any, list[pb.FrameBlock]]]
+Read = Callable[[], Awaitable[pb.StreamClassifyRequest | None]]
+Write = Callable[[pb.StreamClassifyResponse], Awaitable[None]]
+
+
+class FrameStream:
+    """One open stream: a reader that runs ahead of a writer by a bounded window.
+
+    The reader starts on each message as it comes, so that one stream alone
+    fills batches; the writer sends the answers in the order of arrival. While
+    `window` frames are unanswered, the message that was read last is held back
+    and nothing more is read: the transport's flow control holds the sender.
+    """
+
+    def __init__(self, answer: AnswerFrames, window: int) -> None:
+        self._answer = answer
+        self._window = window
+        self._complete = False  # the sender has said that nothing more comes, and all is pending
+        self._pending: deque[tuple[int, asyncio.Task[list[pb.FrameBlock]]]] = deque()
+        self._unanswered = 0
+        self._ended = False  # nothing more will be pending
+        self._draining = False
+        self._changed = asyncio.Event()  # for the writer: something is pending, or the end
+        self._room = asyncio.Event()  # for the reader
+
+    def drain(self) -> None:
+        """Start no more; end with NotServing once all that was started is answered."""
+        self._draining = True
+        self._end()
+
+    async def run(self, read: Read, write: Write) -> None:
+        reader = asyncio.create_task(self._read(read), name="stream-reader")
+        try:
+            await self._write(write)
+            if self._draining and not self._complete:
+                raise NotServing("the server is about to stop; open the stream again to reach another one")
+            await reader
+        finally:
+            reader.cancel()
+            for _, task in self._pending:
+                task.cancel()
+            await asyncio.gather(reader, *(task for _, task in self._pending), return_exceptions=True)
+
+    async def _read(self, read: Read) -> None:
+        try:
+            while (request := await read()) is not None:
+                count = count_images(request.frames)
+                # A message larger than the window goes when it is alone.
+                while self._unanswered and self._unanswered + count > self._window:
+                    self._room.clear()
+                    await self._room.wait()
+                if self._draining:
+                    return
+                task = asyncio.create_task(self._answer(request))
+                self._pending.append((count, task))
+                self._unanswered += count
+                self._changed.set()
+            self._complete = True
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self._ended = True
+        self._changed.set()
+
+    async def _write(self, write: Write) -> None:
+        """Send each message's answer when it is ready, with those that are ready behind it."""
+        while True:
+            while not self._pending:
+                if self._ended:
+                    return
+                self._changed.clear()
+                await self._changed.wait()
+            await self._pending[0][1]
+            response = pb.StreamClassifyResponse()
+            count = 0
+            while self._pending and self._pending[0][1].done():
+                frames, task = self._pending.popleft()
+                response.blocks.extend(task.result())
+                count += frames
+            await write(response)
+            self._unanswered -= count
+            self._room.set()
+
+
+def build_blocks(
+    first: int, inputs: Inputs, answers: Sequence[Answer[Scores]], include_logits: bool
+) -> list[pb.FrameBlock]:
+    """Blocks for the frames of one message: runs of good ones, and each bad one alone."""
+    if not inputs.errors:
+        result = build_response(answers, include_logits)
+        return [pb.FrameBlock(first_sequence=first, frame_count=inputs.count, result=result)]
+    blocks = []
+    index = taken = 0
+    while index < inputs.count:
+        if (error := inputs.errors.get(index)) is not None:
+            blocks.append(error_block(first + index, 1, error))
+            index += 1
+            continue
+        end = min((bad for bad in inputs.errors if bad > index), default=inputs.count)
+        part = _rows_of(answers, taken, taken + end - index)
+        response = build_response(part, include_logits)
+        blocks.append(pb.FrameBlock(first_sequence=first + index, frame_count=end - index, result=response))
+        taken += end - index
+        index = end
+    return blocks
+
+
+def _rows_of(answers: Sequence[Answer[Scores]], start: int, end: int) -> list[Answer[Scores]]:
+    """The part of the answers that covers rows start to end of all."""
+    part = []
+    offset = 0
+    for answer in answers:
+        low, high = max(start - offset, 0), min(end - offset, len(answer.result))
+        if low < high:
+            part.append(
+                Answer(answer.result[low:high], answer.batch_rows, answer.queue_seconds, answer.compute_seconds)
+            )
+        offset += len(answer.result)
+    return part
+
+
+def error_block(first: int, count: int, error: ServiceError) -> pb.FrameBlock:
+    """A block that gives frames an error in place of an answer."""
+    return pb.FrameBlock(
+        first_sequence=first,
+        frame_count=count,
+        error=pb.FrameError(code=error.number, message=str(error), field=error.field, incident_id=error.incident_id),
+    )
