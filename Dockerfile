@@ -5,6 +5,9 @@
 #   docker build -t mnist-grpc .
 #   docker run --rm -p 50051:50051 mnist-grpc
 #
+# Settings are given as variables (-e MNIST_GRPC_PORT=6000), which the health
+# check sees, too. The grace of 8 s lies within the 10 s of `docker stop`.
+#
 # TORCH is what pip installs as torch. Plain `torch` brings the CUDA build on
 # Linux (several GB). For a small image give the CPU build, with the index that
 # PyTorch's installation page names for it:

@@ -3,14 +3,15 @@
 #
 #   make run ARGS="--port 6000"             flags of mnist-grpc-server
 #   make test ARGS="tests/client -k batch"  arguments of pytest
-#   make run TORCH="torch==2.13.0"          a build of torch to install first, with
-#                                           pip's options for its index where it has one
+#   make run TORCH="torch==2.13.0"          a build of torch to install first (pinned with ==),
+#                                           with pip's options for its index where it has one
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
 ARGS ?=
 BIN := $(VENV)/bin
 
+.NOTPARALLEL:
 .PHONY: run test lint format proto train evaluate bench client-range clean
 
 run: $(VENV)/.server

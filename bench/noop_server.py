@@ -19,6 +19,7 @@ from digits.preprocessing import CLASSES, PIXELS
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 from protos.mnist.v1 import digit_classifier_pb2_grpc as pb_grpc
 from server.answers import build_response
+from server.app import server_options
 from server.batching import Answer
 from server.inference import Scores
 from server.settings import Settings
@@ -60,16 +61,7 @@ class NoopServicer(pb_grpc.DigitClassifierServicer):
 
 async def serve() -> None:
     """Serve until SIGTERM; the options are those of `server.app`."""
-    limit = 2 * Settings().max_message_bytes
-    server = grpc.aio.server(
-        options=[
-            ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", limit),
-            ("grpc.max_send_message_length", limit),
-            ("grpc.http2.min_recv_ping_interval_without_data_ms", 30_000),
-            ("grpc.keepalive_permit_without_calls", 1),
-        ]
-    )
+    server = grpc.aio.server(options=server_options(Settings()))
     pb_grpc.add_DigitClassifierServicer_to_server(NoopServicer(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     told_to_stop = asyncio.Event()

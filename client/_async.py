@@ -97,7 +97,7 @@ class AsyncClient:
         seconds = self._seconds(timeout)
         stream = AsyncStream(self.target, seconds, _core.checked_window(window))
         self._streams.add(stream)
-        return stream.run(self._stub, frames)
+        return stream.run(self._checked_stub, frames)
 
     async def get_model(self, *, timeout: float | None = None) -> Model:
         """See `Client.get_model`."""
@@ -106,21 +106,23 @@ class AsyncClient:
 
     async def wait_ready(self, timeout: float = _core.DEFAULT_READY_TIMEOUT) -> None:
         """See `Client.wait_ready`."""
-        timeout = self._seconds(timeout)
-        watch = self._channel.unary_stream(_core.HEALTH_WATCH, request_serializer=bytes, response_deserializer=bytes)
         deadline = time.monotonic() + timeout
-        while (remaining := deadline - time.monotonic()) > 0:
-            call = watch(_core.health_request(), timeout=remaining, wait_for_ready=True)
-            try:
-                async for status in call:
-                    if _core.is_serving(status):
-                        return
-            except grpc.RpcError as error:
-                if error.code() not in _core.WORTH_WAITING:
-                    raise _core.error_of_call(error, self.target, timeout) from error
-            finally:
-                call.cancel()
-            await asyncio.sleep(_core.READY_PAUSE)
+        with self._call(timeout):
+            watch = self._channel.unary_stream(
+                _core.HEALTH_WATCH, request_serializer=bytes, response_deserializer=bytes
+            )
+            while (remaining := deadline - time.monotonic()) > 0:
+                call = watch(_core.health_request(), timeout=remaining, wait_for_ready=True)
+                try:
+                    async for status in call:
+                        if _core.is_serving(status):
+                            return
+                except grpc.RpcError as error:
+                    if error.code() not in _core.WORTH_WAITING:
+                        raise
+                finally:
+                    call.cancel()
+                await asyncio.sleep(_core.READY_PAUSE)
         raise _core.not_ready(self.target, timeout)
 
     async def is_serving(self, *, timeout: float | None = None) -> bool:
@@ -142,6 +144,10 @@ class AsyncClient:
             stub: Any = DigitClassifierStub(self._channel)
             self._open_stub = stub
         return self._open_stub
+
+    def _checked_stub(self) -> DigitClassifierAsyncStub:
+        self._seconds(None)
+        return self._stub
 
     @contextmanager
     def _call(self, timeout: float | None) -> Iterator[float]:

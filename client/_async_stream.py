@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable
+import contextlib
+import threading
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import grpc
@@ -39,9 +41,9 @@ class AsyncStream:
         self._status: grpc.RpcError | None = None
 
     async def run(
-        self, stub: DigitClassifierAsyncStub, frames: Iterable[Image] | AsyncIterable[Image]
+        self, open_stub: Callable[[], DigitClassifierAsyncStub], frames: Iterable[Image] | AsyncIterable[Image]
     ) -> AsyncIterator[StreamResult]:
-        call = stub.StreamClassify()
+        call = open_stub().StreamClassify()
         call.add_done_callback(self._note_status)
         tasks = [asyncio.create_task(step) for step in (self._feed(frames), self._send(call), self._receive(call))]
         try:
@@ -143,14 +145,53 @@ async def prepare(image: Image) -> npt.NDArray[np.uint8]:
     return _core.prepare(image) if _core.is_quick(image) else await asyncio.to_thread(_core.prepare, image)
 
 
-async def _as_async(frames: Iterable[Image] | AsyncIterable[Image]) -> AsyncIterator[Image]:
+def _as_async(frames: Iterable[Image] | AsyncIterable[Image]) -> AsyncIterator[Image]:
     if isinstance(frames, AsyncIterable):
-        async for frame in frames:
+        return aiter(frames)
+    if isinstance(frames, (list, tuple, np.ndarray)):
+        return _from_sequence(frames)
+    return _from_thread(frames)
+
+
+async def _from_sequence(frames: Iterable[Image]) -> AsyncIterator[Image]:
+    for frame in frames:
+        yield frame
+
+
+async def _from_thread(frames: Iterable[Image]) -> AsyncIterator[Image]:
+    """Iterate in a thread of its own: a frame, of a camera for example, may be long in coming, or never come."""
+    loop = asyncio.get_running_loop()
+    wanted = threading.Semaphore(0)
+    left = False
+    taken: asyncio.Queue[Any] = asyncio.Queue()
+
+    def give(frame: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed, nobody waits
+            loop.call_soon_threadsafe(taken.put_nowait, frame)
+
+    def iterate() -> None:
+        try:
+            source = iter(frames)
+            while wanted.acquire() and not left:
+                give(next(source, _NO_MORE))
+        except BaseException as error:  # the caller's own; raised below
+            give(_Raised(error))
+
+    threading.Thread(target=iterate, name="stream-source", daemon=True).start()
+    try:
+        while True:
+            wanted.release()
+            frame = await taken.get()
+            if frame is _NO_MORE:
+                return
+            if isinstance(frame, _Raised):
+                raise frame.error
             yield frame
-    elif isinstance(frames, (list, tuple, np.ndarray)):
-        for frame in frames:
-            yield frame
-    else:
-        source = iter(frames)  # may take its time, as a camera does
-        while (frame := await asyncio.to_thread(next, source, _NO_MORE)) is not _NO_MORE:
-            yield frame
+    finally:
+        left = True
+        wanted.release()
+
+
+class _Raised:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error

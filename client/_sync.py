@@ -12,7 +12,7 @@ from typing import Self
 import grpc
 
 from client import _core
-from client._errors import MnistGrpcError, ServerError
+from client._errors import MnistGrpcError
 from client._sync_stream import SyncStream
 from client._types import Image, Model, Prediction
 from protos.mnist.v1 import digit_classifier_pb2 as pb
@@ -117,7 +117,8 @@ class Client:
             window: the most frames whose results were not yet taken.
         """
         seconds = self._seconds(timeout)
-        return SyncStream(self.target, seconds, _core.checked_window(window)).run(self._stub, frames)
+        stream = SyncStream(self.target, seconds, _core.checked_window(window), lambda: self._closed)
+        return stream.run(self._stub, frames)
 
     def get_model(self, *, timeout: float | None = None) -> Model:
         """Tell what the server serves."""
@@ -130,21 +131,23 @@ class Client:
         Raises:
             UnavailableError: it does not within `timeout` seconds.
         """
-        timeout = self._seconds(timeout)
-        watch = self._channel.unary_stream(_core.HEALTH_WATCH, request_serializer=bytes, response_deserializer=bytes)
         deadline = time.monotonic() + timeout
-        while (remaining := deadline - time.monotonic()) > 0:
-            call = watch(_core.health_request(), timeout=remaining, wait_for_ready=True)
-            try:
-                for status in call:
-                    if _core.is_serving(status):
-                        return
-            except grpc.RpcError as error:
-                if error.code() not in _core.WORTH_WAITING:
-                    raise _core.error_of_call(error, self.target, timeout) from error
-            finally:
-                call.cancel()
-            time.sleep(_core.READY_PAUSE)
+        with self._call(timeout):
+            watch = self._channel.unary_stream(
+                _core.HEALTH_WATCH, request_serializer=bytes, response_deserializer=bytes
+            )
+            while (remaining := deadline - time.monotonic()) > 0:
+                call = watch(_core.health_request(), timeout=remaining, wait_for_ready=True)
+                try:
+                    for status in call:
+                        if _core.is_serving(status):
+                            return
+                except grpc.RpcError as error:
+                    if error.code() not in _core.WORTH_WAITING:
+                        raise
+                finally:
+                    call.cancel()
+                time.sleep(_core.READY_PAUSE)
         raise _core.not_ready(self.target, timeout)
 
     def is_serving(self, *, timeout: float | None = None) -> bool:
@@ -159,8 +162,8 @@ class Client:
         try:
             with _core.translate_errors(self.target, seconds):
                 yield seconds
-        except ServerError as error:
-            if self._closed and error.code == "CANCELLED":
+        except MnistGrpcError as error:
+            if self._closed and error.code is not None:  # gRPC cancels the calls of a channel that is closed
                 raise RuntimeError(_core.CLOSED) from error
             raise
 

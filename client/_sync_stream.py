@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import grpc
 
@@ -25,7 +25,8 @@ class SyncStream:
     `_changed`, keeps the results in the order of the frames.
     """
 
-    def __init__(self, target: str, timeout: float, window: int) -> None:
+    def __init__(self, target: str, timeout: float, window: int, is_closed: Callable[[], bool]) -> None:
+        self._is_closed = is_closed
         self._target = target
         self._timeout = timeout
         self._room = threading.Semaphore(window)
@@ -36,6 +37,8 @@ class SyncStream:
         self._left = False
 
     def run(self, stub: DigitClassifierStub, frames: Iterable[Image]) -> Iterator[StreamResult]:
+        if self._is_closed():
+            raise RuntimeError(_core.CLOSED)
         call = stub.StreamClassify(self._messages())
         threading.Thread(target=self._feed, args=(frames,), name="stream-feed", daemon=True).start()
         receiver = threading.Thread(target=self._receive, args=(call,), name="stream-receive", daemon=True)
@@ -94,7 +97,9 @@ class SyncStream:
             with self._changed:
                 self._results.put(self._ledger.end())
         except grpc.RpcError as error:
-            self._results.put(StreamEnd(_core.error_of_call(error, self._target, self._timeout)))
+            closed = self._is_closed()  # gRPC cancels the calls of a channel that is closed
+            raised = _core.error_of_call(error, self._target, self._timeout)
+            self._results.put(StreamEnd(RuntimeError(_core.CLOSED) if closed else raised))
         except Exception as error:
             self._results.put(StreamEnd(error))
 

@@ -65,6 +65,15 @@ class Model:
     labels: tuple[str, ...]
     """The meaning of each class."""
 
+    normalization_mean: float
+    """For callers that send features: `features = (pixel / 255 - mean) / std`."""
+
+    normalization_std: float
+    """See `normalization_mean`."""
+
+    temperature: float
+    """`probabilities = softmax(logits / temperature)`."""
+
     test_accuracy: float | None
     """On the test part of the data set, 0 to 1; None if unknown."""
 

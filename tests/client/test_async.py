@@ -16,6 +16,7 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 import pytest
+from PIL import Image
 
 import client
 from protos.mnist.v1 import digit_classifier_pb2 as pb
@@ -300,3 +301,30 @@ gc.collect()
         timeout=30,
     )
     assert (process.stdout, process.stderr, process.returncode) == ("7\n" * 5, "", 0)
+
+
+async def test_sources_that_block_hold_up_no_other_call(server_address: str, digits: list[GreyImage]) -> None:
+    go = threading.Event()
+
+    def camera() -> Iterator[GreyImage]:
+        yield digits[3]
+        go.wait(20)
+
+    async with client.AsyncClient(server_address) as shared:
+        streams = [shared.stream_classify(camera()) for _ in range(40)]  # more than the loop's own threads
+        for stream in streams:
+            first = await anext(stream)
+            assert isinstance(first, client.Prediction)
+            assert first.digit == 3
+        picture = Image.fromarray(255 - digits[7])  # prepared in a thread
+        assert (await shared.classify(picture, timeout=10)).digit == 7
+        go.set()
+        for stream in streams:
+            assert [result async for result in stream] == []
+
+
+async def test_a_stream_that_begins_after_closing_says_so(server_address: str, digits: list[GreyImage]) -> None:
+    async with client.AsyncClient(server_address) as twin:
+        stream = twin.stream_classify([digits[3]])
+    with pytest.raises(RuntimeError, match="the client is closed"):
+        await anext(stream)

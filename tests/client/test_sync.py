@@ -207,3 +207,10 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), client.classify(image,
 """
     process = run_script(script.replace("-W", ""), server_address, digits[7].tobytes().hex())
     assert (process.stdout, process.returncode) == ("7 7\n", 0), process.stderr
+
+
+def test_a_stream_that_begins_after_closing_says_so(server_address: str, digits: list[GreyImage]) -> None:
+    with client.Client(server_address) as twin:
+        stream = twin.stream_classify([digits[3]])
+    with pytest.raises(RuntimeError, match="the client is closed"):
+        next(stream)
