@@ -86,7 +86,8 @@ def channel_options(target: str) -> list[tuple[str, str | int]]:
         "initialBackoff": "0.1s",
         "maxBackoff": "2s",
         "backoffMultiplier": 2,
-        "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+        # CANCELLED: how a server that stops ends calls that it had not begun.
+        "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
     }
     config = {
         "loadBalancingConfig": [{"round_robin": {}}],

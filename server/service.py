@@ -135,6 +135,8 @@ class DigitService:
         first, frames = request.first_sequence, request.frames
         try:
             with named_errors():
+                if first + count_images(frames) > 1 << 64:
+                    raise InvalidArgument("first_sequence", f"frames have numbers below 2^64, these begin at {first}")
                 inputs = await self._read(frames, deadline)
                 answers = await self._submit(inputs.rows, deadline) if len(inputs.rows) else []
                 return build_blocks(first, inputs, answers, frames.include_logits)

@@ -467,6 +467,21 @@ async def test_frames_are_answered_under_their_own_numbers(model: Model) -> None
         check_rows(block.result, PIXELS[rows])
 
 
+async def test_frame_numbers_that_do_not_fit_are_refused_in_their_place(
+    model: Model, golden_files: list[bytes]
+) -> None:
+    async with serving(model) as service:
+        far_end = Conversation(service)
+        far_end.send(files(golden_files[0], b"bad"), 2**64 - 1)
+        far_end.send(request_of(0), 5)
+        far_end.end()
+        await far_end.start()
+    refused, answered = far_end.blocks
+    assert refused.error.field == "first_sequence"
+    assert "2^64" in refused.error.message
+    assert answered.WhichOneof("outcome") == "result"
+
+
 async def test_an_empty_stream_ends_without_an_answer(model: Model) -> None:
     async with serving(model) as service:
         far_end = Conversation(service)
