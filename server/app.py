@@ -98,10 +98,10 @@ def server_options(settings: Settings) -> list[tuple[str, int]]:
 async def _load_classifier(settings: Settings) -> Classifier:
     """Load in a thread that the process does not wait for at its end, as weights may lie on a disk that hangs."""
     loaded: Future[Classifier] = Future()
+    loaded.set_running_or_notify_cancel()  # whoever waits may be cancelled, this work not
 
     def load() -> None:
         # Here, because torch takes seconds to import and the port can be open meanwhile.
-        loaded.set_running_or_notify_cancel()  # whoever waits may be cancelled, this work not
         try:
             from server.inference import load_classifier
 
