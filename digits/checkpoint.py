@@ -25,14 +25,26 @@ from torch import Tensor, nn
 
 from digits.network import ARCHITECTURES
 from digits.preprocessing import CLASSES, MEAN, STD
+from digits.snapshot import (
+    MAX_WEIGHTS_BYTES,
+    VERSION_DIGITS,
+    InvalidCheckpoint,
+    Snapshot,
+    manifest_path,
+    take_snapshot,
+)
 
-VERSION_DIGITS = 12
-MAX_WEIGHTS_BYTES = 64 * 1024 * 1024
-
-
-class InvalidCheckpoint(ValueError):
-    """The file cannot be served; the message names the file, the rule and the value."""
-
+__all__ = [
+    "MAX_WEIGHTS_BYTES",
+    "Checkpoint",
+    "InvalidCheckpoint",
+    "Manifest",
+    "load_checkpoint",
+    "manifest_path",
+    "parse_checkpoint",
+    "save_checkpoint",
+    "write_atomically",
+]
 
 @dataclass(frozen=True)
 class Manifest:
@@ -84,11 +96,6 @@ class Checkpoint:
         return sum(parameter.numel() for parameter in self.network.parameters())
 
 
-def manifest_path(weights: str | os.PathLike[str]) -> Path:
-    """Where the manifest of a weights file lies: `x/mnist_model.pth` -> `x/mnist_model.json`."""
-    return Path(weights).with_suffix(".json")
-
-
 def load_checkpoint(weights: str | os.PathLike[str]) -> Checkpoint:
     """Load a weights file and, where there is one, the manifest beside it.
 
@@ -97,25 +104,26 @@ def load_checkpoint(weights: str | os.PathLike[str]) -> Checkpoint:
             not match its manifest's SHA-256, or holds keys, shapes or values
             that its architecture cannot have.
     """
-    path = Path(weights)
-    try:
-        size = path.stat().st_size
-        if size > MAX_WEIGHTS_BYTES:
-            raise InvalidCheckpoint(f"{path}: a weights file has at most {MAX_WEIGHTS_BYTES} bytes, this has {size}")
-        content = path.read_bytes()
-    except OSError as error:
-        raise InvalidCheckpoint(f"{path}: cannot be read: {error.strerror}") from error
-    manifest = _read_manifest(manifest_path(path))
-    sha256 = hashlib.sha256(content).hexdigest()
-    if manifest.sha256 and manifest.sha256.lower() != sha256:
+    return parse_checkpoint(take_snapshot(weights))
+
+
+def parse_checkpoint(snapshot: Snapshot) -> Checkpoint:
+    """Make a network of what was read from the disk.
+
+    Raises:
+        InvalidCheckpoint: as `load_checkpoint`.
+    """
+    path = Path(snapshot.path)
+    manifest = Manifest() if snapshot.manifest is None else _read_manifest(manifest_path(path), snapshot.manifest)
+    if manifest.sha256 and manifest.sha256.lower() != snapshot.sha256:
         raise InvalidCheckpoint(
-            f"{path}: SHA-256 is {sha256}, but {manifest_path(path).name} says {manifest.sha256}: "
+            f"{path}: SHA-256 is {snapshot.sha256}, but {manifest_path(path).name} says {manifest.sha256}: "
             "the two files do not belong together"
         )
     network = ARCHITECTURES[manifest.architecture]()
-    network.load_state_dict(_checked(path, _read_state_dict(path, content), network.state_dict(), manifest))
+    network.load_state_dict(_checked(path, _read_state_dict(path, snapshot.weights), network.state_dict(), manifest))
     network.eval()
-    return Checkpoint(network, manifest, sha256)
+    return Checkpoint(network, manifest, snapshot.sha256)
 
 
 def save_checkpoint(weights: str | os.PathLike[str], network: nn.Module, manifest: Manifest) -> str:
@@ -149,12 +157,10 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def _read_manifest(path: Path) -> Manifest:
+def _read_manifest(path: Path, content: bytes) -> Manifest:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return Manifest()
-    except (OSError, ValueError, RecursionError) as error:
+        values = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise InvalidCheckpoint(f"{path}: a manifest is a JSON file: {error}") from error
     if not isinstance(values, dict):
         raise InvalidCheckpoint(f"{path}: a manifest is a JSON object, this is a {type(values).__name__}")
