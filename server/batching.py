@@ -8,6 +8,9 @@ The rules, each with a test of its own in `tests/server/test_batching.py`:
 - Work-conserving: a free engine takes all that waits, up to `max_batch_size`
   rows, and waits for no clock. A lone item runs at once. After a batch of
   several, the event loop first takes in what has already reached the process.
+- Fair: every request, and every stream, is a flow of its own, and flows share
+  the engine by rows. The hundredth part of a bulk request waits for a single
+  image that came later, and never the other way round for long.
 - A window (`max_wait_ms`) is opt-in, opens with the first item and closes when
   full.
 - A queue entry owns its future. Entries whose caller is gone or whose deadline
@@ -22,14 +25,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import heapq
+import itertools
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
+
+from server.observer import Observer
 
 logger = logging.getLogger(__name__)
 
@@ -72,17 +78,42 @@ class Answer(Generic[Result]):
     """How long `run_batch` took."""
 
 
+class Flow:
+    """Items that share one part of the engine, such as the frames of a stream.
+
+    `finish` is the virtual time at which the last of its items would be done if
+    all flows were computed side by side.
+    """
+
+    __slots__ = ("finish",)
+
+    def __init__(self) -> None:
+        self.finish = 0.0
+
+
 class _Entry(Generic[Item, Result]):
-    __slots__ = ("arrived", "deadline", "future", "item", "rows")
+    __slots__ = ("arrived", "deadline", "future", "item", "order", "queued", "rows", "token")
 
     def __init__(
-        self, item: Item, arrived: float, deadline: float | None, future: asyncio.Future[Answer[Result]]
+        self,
+        item: Item,
+        arrived: float,
+        deadline: float | None,
+        future: asyncio.Future[Answer[Result]],
+        order: tuple[float, int],
+        token: Any,
     ) -> None:
         self.item = item
         self.rows = len(item)
         self.arrived = arrived
         self.deadline = deadline
         self.future = future
+        self.order = order  # the lowest is computed first; no two are equal
+        self.queued = True
+        self.token = token  # the observer's
+
+    def __lt__(self, other: _Entry[Item, Result]) -> bool:
+        return self.order < other.order
 
 
 class DynamicBatcher(Generic[Item, Result]):
@@ -100,6 +131,7 @@ class DynamicBatcher(Generic[Item, Result]):
         inline_size: batches of up to this many rows run on the event loop
             itself, larger ones in a thread. A thread costs more than a small
             batch takes, but leaves the loop free meanwhile.
+        observer: is told what happens.
     """
 
     def __init__(
@@ -110,15 +142,23 @@ class DynamicBatcher(Generic[Item, Result]):
         max_wait_ms: float = 0,
         max_queue_size: int,
         inline_size: int = 0,
+        observer: Observer | None = None,
     ) -> None:
         self._run_batch = run_batch
         self._max_batch_size = max_batch_size
         self._max_wait_seconds = max_wait_ms / 1000
         self._max_queue_size = max_queue_size
         self._inline_size = inline_size
-        self._queue: OrderedDict[_Entry[Item, Result], None] = OrderedDict()
+        self._observer = observer or Observer()
+        self._queue: list[_Entry[Item, Result]] = []  # a heap; those that left it otherwise are still in it
+        self._entries = 0  # in the queue, without those that left it
+        self._numbers = itertools.count()
+        self._now = 0.0  # virtual time: rows that each of the flows in the queue has been given
         self._queued_rows = 0
         self._last_items = 1  # of the last batch
+        self._ran_now = False  # in this turn of the loop
+        self._busy_since: float | None = None
+        self._seconds_per_row = 0.0  # of recent batches
         self._closed = False
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch")
@@ -128,6 +168,17 @@ class DynamicBatcher(Generic[Item, Result]):
     def queued_rows(self) -> int:
         """Rows that wait now, without those of the running batch."""
         return self._queued_rows
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long the running batch has been computed; 0 when none is."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    @property
+    def backlog_seconds(self) -> float:
+        """About how long the rows that wait will take, going by recent batches."""
+        return self._queued_rows * self._seconds_per_row
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._run(), name="dynamic-batcher")
@@ -151,39 +202,91 @@ class DynamicBatcher(Generic[Item, Result]):
             await asyncio.shield(self._task)  # who waits here may be cancelled, the callers' answers not
         self._thread.shutdown(wait=False)
 
-    def enqueue(self, items: Sequence[Item], *, deadline: float | None = None) -> list[asyncio.Future[Answer[Result]]]:
+    def run_now(self, item: Item) -> Answer[Result] | None:
+        """Compute an item on the spot if nobody else is about; else None, and it is to be enqueued.
+
+        What a lone caller would otherwise wait for is its turn of the event
+        loop, twice.
+
+        Raises:
+            Exception: what `run_batch` raised.
+        """
+        rows = len(item)
+        if (
+            rows > min(self._inline_size, self._max_batch_size)
+            or self._max_wait_seconds
+            or self._closed
+            or self._task is None
+        ):
+            return None
+        if self._entries or self._busy_since is not None or self._last_items > 1:
+            return None
+        if self._ran_now:  # two in one turn of the loop: they have company
+            self._last_items = 2
+            return None
+        self._ran_now = True
+        asyncio.get_running_loop().call_soon(self._turned)
+        token = self._observer.queued(rows)
+        try:
+            (result,), compute_seconds = self._run_timed([item])
+        except Exception:
+            self._observer.batch_ended(rows, [token], [0.0], 0.0, failed=True)
+            raise
+        _check_rows([item], [result])
+        self._observer.batch_ended(rows, [token], [0.0], compute_seconds, failed=False)
+        return Answer(result, rows, 0.0, compute_seconds)
+
+    def _turned(self) -> None:
+        self._ran_now = False
+
+    def enqueue(
+        self, items: Sequence[Item], *, deadline: float | None = None, flow: Flow | None = None
+    ) -> list[asyncio.Future[Answer[Result]]]:
         """Take all the items or none; return a future for each, in order.
 
         Cancelling a future takes its item out of the queue. `deadline` is a
-        time of the event loop's clock.
+        time of the event loop's clock. Without a `flow`, the items are one.
 
         Raises:
             QueueFull: there is no room for all of them.
             QueueClosed: after `close`.
             ValueError: an item has no rows, or more than `max_batch_size`.
         """
-        if self._closed:
-            raise QueueClosed("the batcher is closed")
         rows = 0
         for item in items:
             if not 1 <= len(item) <= self._max_batch_size:
                 raise ValueError(f"an item has 1 to {self._max_batch_size} rows, this one has {len(item)}")
             rows += len(item)
+        if self._closed:
+            self._observer.rejected("closing", rows)
+            raise QueueClosed("the batcher is closed")
         if self._queued_rows + rows > self._max_queue_size:
+            self._observer.rejected("queue_full", rows)
             raise QueueFull(rows, self._queued_rows, self._max_queue_size)
         loop = asyncio.get_running_loop()
         now = loop.time()
+        flow = flow or Flow()
         futures = []
         for item in items:
-            entry = _Entry[Item, Result](item, now, deadline, loop.create_future())
-            self._queue[entry] = None
-            entry.future.add_done_callback(lambda _, entry=entry: self._leave(entry))  # type: ignore[misc]
+            flow.finish = max(self._now, flow.finish) + len(item)
+            entry = _Entry[Item, Result](
+                item,
+                now,
+                deadline,
+                loop.create_future(),
+                (flow.finish, next(self._numbers)),
+                self._observer.queued(len(item)),
+            )
+            heapq.heappush(self._queue, entry)
+            entry.future.add_done_callback(lambda _, entry=entry: self._leave(entry, "cancelled"))  # type: ignore[misc]
             futures.append(entry.future)
+        self._entries += len(items)
         self._queued_rows += rows
+        self._observer.queue_changed(self._queued_rows)
         self._arrived.set()
         return futures
 
-    async def submit(self, item: Item, *, deadline: float | None = None) -> Answer[Result]:
+    async def submit(self, item: Item, *, deadline: float | None = None, flow: Flow | None = None) -> Answer[Result]:
         """Enqueue one item and wait for its answer.
 
         Raises:
@@ -191,20 +294,26 @@ class DynamicBatcher(Generic[Item, Result]):
             DeadlineExpired: the deadline passed before the item's batch began.
             Exception: what `run_batch` raised for the item's batch.
         """
-        (future,) = self.enqueue([item], deadline=deadline)
+        (future,) = self.enqueue([item], deadline=deadline, flow=flow)
         return await future
 
-    def _leave(self, entry: _Entry[Item, Result]) -> bool:
-        """Take an entry out of the queue; False if it is no longer there."""
-        if entry not in self._queue:
-            return False
-        del self._queue[entry]
+    def _leave(self, entry: _Entry[Item, Result], reason: str = "") -> None:
+        """Count an entry out of the queue, unless it left before; the reason is why it will not be computed."""
+        if not entry.queued:
+            return
+        entry.queued = False
+        self._entries -= 1
         self._queued_rows -= entry.rows
-        return True
+        self._observer.queue_changed(self._queued_rows)
+        if reason:
+            self._observer.dropped(reason, entry.rows)
+            if len(self._queue) > 2 * self._entries + 64:  # or the heap would keep what a flood left behind
+                self._queue = [kept for kept in self._queue if kept.queued]
+                heapq.heapify(self._queue)
 
     async def _run(self) -> None:
         while True:
-            if not self._queue:
+            if not self._entries:
                 if self._closed:
                     return
                 await self._idle()
@@ -248,9 +357,12 @@ class DynamicBatcher(Generic[Item, Result]):
     async def _keep_window_open(self) -> None:
         """Wait until the first item is `max_wait_ms` old, an item has half of its time left, or the batch is full."""
         loop = asyncio.get_running_loop()
-        while self._max_wait_seconds and self._queue and not self._closed and self._queued_rows < self._max_batch_size:
-            closes = next(iter(self._queue)).arrived + self._max_wait_seconds
-            for entry in self._queue:
+        while (
+            self._max_wait_seconds and self._entries and not self._closed and self._queued_rows < self._max_batch_size
+        ):
+            waiting = [entry for entry in self._queue if entry.queued]
+            closes = min(entry.arrived for entry in waiting) + self._max_wait_seconds
+            for entry in waiting:
                 if entry.deadline is not None:
                     closes = min(closes, (entry.arrived + entry.deadline) / 2)
             remaining = closes - loop.time()
@@ -262,16 +374,21 @@ class DynamicBatcher(Generic[Item, Result]):
                     await self._arrived.wait()
 
     def _cut(self) -> list[_Entry[Item, Result]]:
-        """Take the next batch out of the queue, oldest first, leaving out the dead."""
+        """Take the next batch out of the queue, in the order of virtual time, leaving out the dead.
+
+        Self-clocked fair queueing (S. Golestani, INFOCOM 1994), with rows for
+        bits: an item's place is that of its flow's rows before it, plus its own.
+        """
         now = asyncio.get_running_loop().time()
+        flows = max(1, self._entries)
         batch: list[_Entry[Item, Result]] = []
         rows = 0
         while self._queue:
-            entry = next(iter(self._queue))
-            if entry.future.done():
-                self._leave(entry)
+            entry = self._queue[0]
+            if not entry.queued or entry.future.done():
+                self._leave(entry, "cancelled")
             elif entry.deadline is not None and entry.deadline <= now:
-                self._leave(entry)
+                self._leave(entry, "expired")
                 entry.future.set_exception(DeadlineExpired("the deadline passed while the request waited in the queue"))
             elif rows + entry.rows > self._max_batch_size:
                 break
@@ -279,6 +396,9 @@ class DynamicBatcher(Generic[Item, Result]):
                 self._leave(entry)
                 batch.append(entry)
                 rows += entry.rows
+            if self._queue and self._queue[0] is entry:
+                heapq.heappop(self._queue)
+        self._now += rows / flows
         return batch
 
     async def _answer(self, batch: list[_Entry[Item, Result]]) -> None:
@@ -286,7 +406,10 @@ class DynamicBatcher(Generic[Item, Result]):
         loop = asyncio.get_running_loop()
         rows = sum(entry.rows for entry in batch)
         items = [entry.item for entry in batch]
+        tokens = [entry.token for entry in batch]
         start = loop.time()
+        waited = [start - entry.arrived for entry in batch]
+        self._busy_since = time.monotonic()
         try:
             if rows <= self._inline_size:
                 results, compute_seconds = self._run_timed(items)
@@ -294,15 +417,20 @@ class DynamicBatcher(Generic[Item, Result]):
                 results, compute_seconds = await loop.run_in_executor(self._thread, self._run_timed, items)
             _check_rows(items, results)
         except Exception as error:
+            self._observer.batch_ended(rows, tokens, waited, 0.0, failed=True)
             waiting = [entry for entry in batch if not entry.future.done()]
             for entry in waiting:
                 entry.future.set_exception(error)
             if not waiting:
                 logger.exception("a batch of %d rows failed, and nobody waits for it any more", rows)
             return
-        for entry, result in zip(batch, results, strict=True):
+        finally:
+            self._busy_since = None
+        self._seconds_per_row += (compute_seconds / rows - self._seconds_per_row) / 8
+        self._observer.batch_ended(rows, tokens, waited, compute_seconds, failed=False)
+        for entry, result, seconds in zip(batch, results, waited, strict=True):
             if not entry.future.done():
-                entry.future.set_result(Answer(result, rows, start - entry.arrived, compute_seconds))
+                entry.future.set_result(Answer(result, rows, seconds, compute_seconds))
 
     def _run_timed(self, items: list[Item]) -> tuple[Sequence[Result], float]:
         start = time.perf_counter()

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.batching import Answer, DeadlineExpired, DynamicBatcher, QueueClosed, QueueFull
+from server.batching import Answer, DeadlineExpired, DynamicBatcher, Flow, QueueClosed, QueueFull
+from server.observer import Observer
 
 Block = list[int]
 Batcher = DynamicBatcher[Block, Block]
@@ -60,6 +61,7 @@ def batcher_of(
     max_wait_ms: float = 0,
     max_queue_size: int = 100,
     inline_size: int = 0,
+    observer: Observer | None = None,
 ) -> Batcher:
     return DynamicBatcher(
         run,
@@ -67,6 +69,7 @@ def batcher_of(
         max_wait_ms=max_wait_ms,
         max_queue_size=max_queue_size,
         inline_size=inline_size,
+        observer=observer,
     )
 
 
@@ -194,7 +197,8 @@ def test_the_window_closes_when_the_batch_is_full() -> None:
             assert engine.batches == []
             await asyncio.gather(*futures, *batcher.enqueue([[4]]))
             assert now() == 1
-        assert engine.batches == [[[1, 2], [3], [4]]]
+        (batch,) = engine.batches
+        assert sorted(batch) == [[1, 2], [3], [4]]
 
     in_virtual_time(scenario())
 
@@ -236,6 +240,202 @@ def test_closing_closes_the_window() -> None:
     in_virtual_time(scenario())
 
 
+# Fairness -----------------------------------------------------------------------
+
+
+async def test_a_single_row_that_comes_late_goes_before_the_rest_of_a_bulk_request() -> None:
+    engine = Engine(held=True)
+    async with batcher_of(engine, max_batch_size=4) as batcher:
+        bulk = batcher.enqueue([[part] * 4 for part in range(1, 6)])
+        await engine.begun()
+        single = asyncio.create_task(batcher.submit([9]))
+        await asyncio.sleep(0)
+        engine.let_go(6)
+        assert (await single).result == [90]
+        await asyncio.gather(*bulk)
+    assert engine.batches == [[[1] * 4], [[9]], [[2] * 4], [[3] * 4], [[4] * 4], [[5] * 4]]
+
+
+async def test_bulk_requests_take_turns_part_by_part() -> None:
+    engine = Engine(held=True)
+    async with batcher_of(engine, max_batch_size=4) as batcher:
+        one = batcher.enqueue([[1] * 4] * 3)
+        await engine.begun()
+        other = batcher.enqueue([[2] * 4] * 3)
+        engine.let_go(6)
+        await asyncio.gather(*one, *other)
+    assert [batch[0][0] for batch in engine.batches] in ([1, 2, 1, 2, 1, 2], [1, 1, 2, 1, 2, 2], [1, 2, 1, 2, 2, 1])
+
+
+async def test_single_rows_without_end_do_not_starve_a_bulk_request() -> None:
+    engine = Engine()
+    async with batcher_of(engine, max_batch_size=4) as batcher:
+
+        async def singles() -> None:
+            while True:
+                await asyncio.gather(*(batcher.submit([7]) for _ in range(4)))
+
+        crowd = asyncio.create_task(singles())
+        await asyncio.sleep(0)
+        answers = await asyncio.wait_for(asyncio.gather(*batcher.enqueue([[1] * 4] * 5)), 20)
+        crowd.cancel()
+        assert results(answers) == [[10] * 4] * 5
+    turns = [batch[0][0] for batch in engine.batches]
+    parts = [turn for turn, value in enumerate(turns) if value == 1]
+    assert parts[-1] - parts[0] <= 20, turns
+
+
+async def test_the_rows_of_one_flow_share_its_part_of_the_engine() -> None:
+    """A greedy stream of many messages counts as one caller."""
+    engine = Engine(held=True)
+    async with batcher_of(engine, max_batch_size=2) as batcher:
+        (running,) = batcher.enqueue([[0]])
+        await engine.begun()
+        greedy = Flow()
+        futures = [batcher.enqueue([[1, 1]], flow=greedy)[0] for _ in range(8)]
+        modest = [batcher.enqueue([[2, 2]], flow=flow)[0] for flow in (Flow(), Flow())]
+        engine.let_go(11)
+        await asyncio.gather(running, *futures, *modest)
+    assert sorted(batch[0][0] for batch in engine.batches[1:4]) == [1, 2, 2]
+
+
+# A lone caller --------------------------------------------------------------------
+
+
+async def test_a_lone_item_is_computed_on_the_spot() -> None:
+    engine = Engine()
+    async with batcher_of(engine, inline_size=4) as batcher:
+        answer = batcher.run_now([1, 2])
+        assert answer is not None
+        assert (answer.result, answer.batch_rows, answer.queue_seconds) == ([10, 20], 2, 0)
+        await asyncio.sleep(0)
+        again = batcher.run_now([3])
+        assert again is not None
+        assert again.result == [30]
+
+
+async def test_what_is_not_alone_is_to_be_enqueued() -> None:
+    engine = Engine(held=True)
+    async with batcher_of(engine, inline_size=0) as batcher:
+        assert batcher.run_now([1]) is None, "larger than what runs on the loop"
+    async with batcher_of(engine, max_wait_ms=1, inline_size=4) as batcher:
+        assert batcher.run_now([1]) is None, "a window is to be kept open"
+    async with batcher_of(engine, inline_size=1) as batcher:
+        waiting = batcher.enqueue([[1, 1]])
+        assert batcher.run_now([2]) is None, "another one waits"
+        await engine.begun()
+        assert batcher.run_now([2]) is None, "another one is computed"
+        engine.let_go()
+        await asyncio.gather(*waiting)
+    assert batcher.run_now([1]) is None, "closed"
+
+
+async def test_two_items_in_one_turn_of_the_loop_are_company_and_then_come_together() -> None:
+    engine = Engine()
+
+    async with batcher_of(engine, inline_size=8) as batcher:
+
+        async def caller(value: int) -> None:
+            if batcher.run_now([value]) is None:
+                await batcher.submit([value])
+
+        await asyncio.gather(*(caller(value) for value in range(8)))
+    assert engine.rows == [[1], [1] * 7]
+
+
+async def test_a_failure_on_the_spot_is_the_callers_own() -> None:
+    def fail(items: list[Block]) -> list[Block]:
+        raise ValueError("broken")
+
+    async with batcher_of(fail, inline_size=4) as batcher:
+        with pytest.raises(ValueError, match="broken"):
+            batcher.run_now([1])
+
+
+# What an observer is told ---------------------------------------------------------
+
+
+class Diary(Observer):
+    """Writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[Any, ...]] = []
+        self.queue: list[int] = []
+
+    def rejected(self, reason: str, rows: int) -> None:
+        self.entries.append((reason, rows))
+
+    def queued(self, rows: int) -> str:
+        return f"token of {rows}"
+
+    def queue_changed(self, rows: int) -> None:
+        self.queue.append(rows)
+
+    def dropped(self, reason: str, rows: int) -> None:
+        self.entries.append((reason, rows))
+
+    def batch_ended(
+        self, rows: int, tokens: Sequence[Any], queue_seconds: Sequence[float], compute_seconds: float, failed: bool
+    ) -> None:
+        self.entries.append(("failed" if failed else "computed", rows, *tokens, len(queue_seconds)))
+
+
+async def test_an_observer_is_told_of_all_that_happens_to_rows() -> None:
+    engine, diary = Engine(held=True), Diary()
+    async with batcher_of(engine, max_queue_size=6, observer=diary) as batcher:
+        (running,) = batcher.enqueue([[1]])
+        await engine.begun()
+        gone, kept = batcher.enqueue([[2, 2], [3]])
+        late = batcher.enqueue([[4, 4]], deadline=asyncio.get_running_loop().time())
+        with pytest.raises(QueueFull):
+            batcher.enqueue([[5, 5]])
+        gone.cancel()
+        await asyncio.sleep(0)
+        engine.let_go(2)
+        await asyncio.gather(running, kept)
+        with pytest.raises(DeadlineExpired):
+            await late[0]
+    with pytest.raises(QueueClosed):
+        batcher.enqueue([[6]])
+    assert diary.entries == [
+        ("queue_full", 2),
+        ("cancelled", 2),
+        ("computed", 1, "token of 1", 1),
+        ("expired", 2),
+        ("computed", 1, "token of 1", 1),
+        ("closing", 1),
+    ]
+    assert diary.queue[-1] == 0
+
+
+async def test_an_observer_is_told_of_a_batch_that_fails() -> None:
+    diary = Diary()
+
+    def fail(items: list[Block]) -> list[Block]:
+        raise ValueError("broken")
+
+    async with batcher_of(fail, inline_size=4, observer=diary) as batcher:
+        for _ in range(2):
+            with pytest.raises(ValueError, match="broken"):
+                batcher.run_now([1])
+            with pytest.raises(ValueError, match="broken"):
+                await batcher.submit([1])
+    assert diary.entries == [("failed", 1, "token of 1", 1)] * 4
+
+
+async def test_how_long_a_batch_has_been_computed_is_known() -> None:
+    engine = Engine(held=True)
+    async with batcher_of(engine) as batcher:
+        assert batcher.busy_seconds == 0
+        (running,) = batcher.enqueue([[1]])
+        await engine.begun()
+        assert batcher.busy_seconds > 0
+        engine.let_go()
+        await running
+        assert batcher.busy_seconds == 0
+        assert batcher.backlog_seconds == 0
+
+
 # Callers who leave, deadlines that pass -----------------------------------------
 
 
@@ -252,7 +452,8 @@ async def test_a_cancelled_caller_is_not_computed_and_makes_room_at_once() -> No
         (late,) = batcher.enqueue([[4, 4, 4]])
         engine.let_go(2)
         assert results(await asyncio.gather(running, kept, late)) == [[10], [30, 30], [40, 40, 40]]
-    assert engine.batches == [[[1]], [[3, 3], [4, 4, 4]]]
+    first, second = engine.batches
+    assert (first, sorted(second)) == ([[1]], [[3, 3], [4, 4, 4]])
     assert batcher.queued_rows == 0
 
 

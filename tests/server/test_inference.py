@@ -12,6 +12,7 @@ import torch
 from digits.checkpoint import Checkpoint, Manifest, load_checkpoint, save_checkpoint
 from digits.network import ImprovedNN
 from digits.preprocessing import normalize
+from digits.snapshot import InvalidCheckpoint, take_snapshot
 from server.inference import Classifier, UnfitModel, check_golden, load_classifier
 from server.inputs import Rows
 from server.settings import EMBEDDED_WEIGHTS
@@ -36,7 +37,7 @@ def logits_of_plain_torch(network: torch.nn.Module, pixels: npt.NDArray[np.uint8
 
 @pytest.mark.parametrize("form", ["pixels", "features", "features that may not be written to"])
 def test_the_embedded_weights_say_what_plain_torch_says_of_them(form: str, golden: Golden) -> None:
-    classifier = load_classifier(EMBEDDED_WEIGHTS, max_batch_size=32)
+    classifier = load_classifier(take_snapshot(EMBEDDED_WEIGHTS), max_batch_size=32)
     rows: Rows = golden[0] if form == "pixels" else normalize(golden[0])
     rows.flags.writeable = form == "features"
     scores = classifier.predict(rows)
@@ -91,7 +92,7 @@ def test_the_manifests_normalisation_is_used() -> None:
     plain, other = classifier_of(), classifier_of(Manifest(mean=0.1307, std=0.3081))
     assert not np.allclose(plain.predict(PIXELS).logits, other.predict(PIXELS).logits)
     np.testing.assert_allclose(
-        other.predict(PIXELS).logits, plain.predict(normalize(PIXELS, 0.1307, 0.3081)).logits, rtol=1e-5
+        other.predict(PIXELS).logits, plain.predict(normalize(PIXELS, 0.1307, 0.3081)).logits, rtol=1e-5, atol=1e-5
     )
 
 
@@ -109,11 +110,11 @@ def test_a_network_that_was_never_trained_is_not_served(tmp_path: Path) -> None:
     weights = tmp_path / "mnist_model.pth"
     save_checkpoint(weights, ImprovedNN(), Manifest())
     with pytest.raises(UnfitModel, match=r"mnist_model.pth: .* at least 90% of the 20 golden digits, .* reads \d+$"):
-        load_classifier(weights, max_batch_size=4)
+        load_classifier(take_snapshot(weights), max_batch_size=4)
 
 
 def test_a_network_whose_answers_are_not_finite_is_not_served() -> None:
-    classifier = load_classifier(EMBEDDED_WEIGHTS, max_batch_size=4)
+    classifier = load_classifier(take_snapshot(EMBEDDED_WEIGHTS), max_batch_size=4)
     with torch.no_grad():
         classifier.checkpoint.network.get_parameter("fc3.bias")[3] = float("inf")
     with pytest.raises(UnfitModel):
@@ -123,16 +124,38 @@ def test_a_network_whose_answers_are_not_finite_is_not_served() -> None:
 def test_a_bare_state_dict_made_elsewhere_is_served(tmp_path: Path, golden: Golden) -> None:
     weights = tmp_path / "mnist_model.pth"
     torch.save(load_checkpoint(EMBEDDED_WEIGHTS).network.state_dict(), weights)
-    scores = load_classifier(weights, max_batch_size=4).predict(golden[0])
+    scores = load_classifier(take_snapshot(weights), max_batch_size=4).predict(golden[0])
     assert (scores.digits == golden[1]).mean() >= 0.9
 
 
 @pytest.mark.parametrize("device", ["abacus", "cuda:99", "meta"])
 def test_a_device_that_cannot_be_used_is_named(device: str) -> None:
     with pytest.raises(UnfitModel, match=f"^device '{device}' cannot be used: "):
-        load_classifier(EMBEDDED_WEIGHTS, device=device, max_batch_size=4)
+        load_classifier(take_snapshot(EMBEDDED_WEIGHTS), device=device, max_batch_size=4)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UnfitModel, match=r"absent\.pth: cannot be read: No such file"):
-        load_classifier(tmp_path / "absent.pth", max_batch_size=4)
+    with pytest.raises(InvalidCheckpoint, match=r"absent\.pth: cannot be read: No such file"):
+        take_snapshot(tmp_path / "absent.pth")
+
+
+@pytest.mark.parametrize(("accuracy", "told"), [(0.98, "not 0.98"), (None, "not unknown")])
+def test_weights_below_the_least_accuracy_are_not_served(accuracy: float | None, told: str, tmp_path: Path) -> None:
+    weights = tmp_path / "mnist_model.pth"
+    checkpoint = load_checkpoint(EMBEDDED_WEIGHTS)
+    save_checkpoint(weights, checkpoint.network, Manifest(test_accuracy=accuracy))
+    with pytest.raises(UnfitModel, match=rf"the test accuracy that the manifest gives is at least 0.99, {told}"):
+        load_classifier(take_snapshot(weights), max_batch_size=4, min_accuracy=0.99)
+    save_checkpoint(weights, checkpoint.network, Manifest(test_accuracy=0.99))
+    assert load_classifier(take_snapshot(weights), max_batch_size=4, min_accuracy=0.99).checkpoint.parameter_count
+
+
+def test_folded_layers_say_of_pixels_what_the_network_says_of_features(golden: Golden) -> None:
+    """Whatever normalisation the manifest gives."""
+    network = load_checkpoint(EMBEDDED_WEIGHTS).network
+    classifier = Classifier(Checkpoint(network, Manifest(mean=0.1307, std=0.3081, temperature=1.5), 64 * "0"))
+    pixels, features = classifier.predict(golden[0]), classifier.predict(normalize(golden[0], 0.1307, 0.3081))
+    np.testing.assert_allclose(pixels.logits, features.logits, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(pixels.probabilities, features.probabilities, atol=1e-5)
+    together = classifier.run_batch([golden[0][:5], normalize(golden[0][5:], 0.1307, 0.3081)])
+    np.testing.assert_allclose(np.concatenate([s.logits for s in together]), features.logits, rtol=1e-4, atol=1e-4)
