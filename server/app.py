@@ -1,154 +1,243 @@
-"""Composition and lifecycle: the pieces put together, started, and stopped in order."""
+"""Composition and lifecycle of one serving process: the pieces put together, started, and stopped in order."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import threading
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 
-from server import admin, servicer
+from digits.snapshot import InvalidCheckpoint, Snapshot, take_snapshot
+from server import admin, authentication, model_admin, open_inference_servicer, servicer
+from server.credentials import server_credentials
 from server.errors import CannotServe, not_installed
-from server.service import DigitService
+from server.limits import connection_options
+from server.observer import Observer, Observers
+from server.open_inference import SERVICE_NAME as OPEN_INFERENCE_NAME
+from server.open_inference import OpenInference
+from server.service import SERVICE_NAME, DigitService
 from server.settings import Settings
+from server.statistics import Statistics
 
 if TYPE_CHECKING:
     from server.inference import Classifier
 
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
 
-HEALTH_NAMES = ("", servicer.SERVICE_NAME)
+HEALTH_NAMES = ("", SERVICE_NAME, OPEN_INFERENCE_NAME)
 
 _TRANSPORT_MARGIN = 2
 """gRPC itself refuses messages longer than this times `max_message_bytes`, with
 RESOURCE_EXHAUSTED; up to there the service refuses them with INVALID_ARGUMENT."""
 
+_LOOKS_PER_LIMIT = 4
+"""How often the watchdog looks at the engine in the time after which it calls it stuck."""
+
 
 class DigitServer:
-    """A server that listens from `start`, answers from `load`, and ends with `stop`."""
+    """A server that listens from `start`, answers from `serve_prepared`, and ends with `stop`."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        observer: Observer | None = None,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        exchange: model_admin.Exchange | None = None,
+        shares_port: bool = False,
+    ) -> None:
         """Bind the address of the settings; `port` tells the port.
+
+        Args:
+            settings: everything that an operator may choose.
+            observer: is told what happens.
+            interceptors: of all calls, in this order, before that of the tokens.
+            exchange: what ModelAdmin calls; without it, there is none.
+            shares_port: other processes listen on the same port.
 
         Raises:
             OSError: the address cannot be bound, for example because it is taken.
+            CannotServe: the certificates or tokens cannot be used.
         """
         self._settings = settings
-        self._service = DigitService(settings)
+        statistics = Statistics()
+        self._observer = statistics if observer is None else Observers([observer, statistics])
+        self._prepared: Classifier | None = None
+        self._watchdog: asyncio.Task[None] | None = None
+        self._stuck = False
+        self._serving = False
+        self._service = DigitService(settings, self._observer)
+        self._open_inference = OpenInference(self._service, settings, statistics, self.is_serving)
         self._health = admin.HealthServicer(HEALTH_NAMES)
-        self._reflection = admin.ReflectionServicer((servicer.SERVICE_NAME, *admin.SERVICES))
-        self._server = grpc.aio.server(options=server_options(settings))
+        names = [SERVICE_NAME, OPEN_INFERENCE_NAME, *admin.SERVICES]
+        if exchange is not None:
+            names.append(model_admin.SERVICE_NAME)
+        self._reflection = admin.ReflectionServicer(names)
+        self._server = grpc.aio.server(
+            interceptors=[*interceptors, *authentication.interceptors(settings)],
+            options=server_options(settings, shares_port=shares_port),
+        )
         servicer.add_to_server(servicer.DigitClassifierServicer(self._service), self._server)
+        open_inference_servicer.add_to_server(
+            open_inference_servicer.OpenInferenceServicer(self._open_inference), self._server
+        )
         admin.add_to_server(self._health, self._reflection, self._server)
+        if exchange is not None:
+            model_admin.add_to_server(model_admin.ModelAdminServicer(exchange), self._server)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        credentials = server_credentials(settings)
+        address = f"{host}:{settings.port}"
         try:
-            self.port = self._server.add_insecure_port(f"{host}:{settings.port}")
+            if credentials is None:
+                self.port = self._server.add_insecure_port(address)
+            else:
+                self.port = self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
-            raise OSError(
-                f"cannot listen on {host}:{settings.port}: the address is taken, or not one of this machine"
-            ) from error
+            raise OSError(f"cannot listen on {address}: the address is taken, or not one of this machine") from error
         self.address = f"{host}:{self.port}"
 
+    def is_serving(self) -> bool:
+        """Whether health says SERVING."""
+        return self._serving and not self._stuck
+
     async def start(self) -> None:
-        """Listen: health answers NOT_SERVING, the methods UNAVAILABLE."""
+        """Listen: until a model serves, health answers NOT_SERVING and the methods UNAVAILABLE."""
         await self._service.start()
         await self._server.start()
+        self._watchdog = asyncio.create_task(self._watch_engine(), name="watchdog")
 
     async def load(self) -> None:
-        """Load the weights, warm up, read the golden digits; then serve.
+        """Serve what lies at the settings' `weights`.
 
         Raises:
             CannotServe: torch is not installed, or the weights cannot be served.
         """
-        settings = self._settings
-        start = time.monotonic()
-        classifier = await _load_classifier(settings)
-        self._service.serve_model(classifier)
-        self._health.set_serving(True)
-        logger.info("model %s ready after %.2f s", classifier.checkpoint.version, time.monotonic() - start)
+        try:
+            snapshot = await in_daemon_thread(lambda: take_snapshot(self._settings.weights))
+        except InvalidCheckpoint as error:
+            raise CannotServe(str(error)) from error
+        await self.deploy(snapshot)
 
-    async def stop(self, grace: float | None = None) -> None:
-        """Tell health and streams, finish accepted calls for up to `grace` seconds, end."""
+    async def deploy(self, snapshot: Snapshot) -> None:
+        """Prepare a model and serve it.
+
+        Raises:
+            CannotServe: as `prepare`.
+        """
+        await self.prepare(snapshot)
+        self.serve_prepared()
+
+    async def prepare(self, snapshot: Snapshot) -> None:
+        """Load a model beside the one that serves, warm it up, have it read the golden digits.
+
+        Raises:
+            CannotServe: torch is not installed, or the weights cannot be served.
+        """
+        start = time.monotonic()
+        self._prepared = await in_daemon_thread(lambda: _load(snapshot, self._settings))
+        logger.info("model %s loaded and checked in %.2f s", snapshot.version, time.monotonic() - start)
+
+    def serve_prepared(self) -> None:
+        """Answer with the model prepared last, from the next batch on."""
+        if self._prepared is None:
+            raise RuntimeError("no model was prepared")
+        self._service.serve_model(self._prepared)
+        self._prepared = None
+        self._serving = True
+        self._tell_health()
+
+    async def stop(self, grace: float | None = None, delay: float = 0) -> None:
+        """End in order.
+
+        Health says NOT_SERVING; for `delay` seconds calls are still accepted,
+        as those who send them have to hear of it; then streams are told and
+        accepted calls finish, for up to `grace` seconds.
+        """
+        self._serving = False
+        self._tell_health()
+        if delay:
+            await asyncio.sleep(delay)
         self._health.end()
         self._reflection.end()
         self._service.drain()
+        self._open_inference.drain()
         await self._server.stop(self._settings.grace if grace is None else grace)
+        if self._watchdog is not None:
+            self._watchdog.cancel()
         await self._service.close()
 
+    async def cut_short(self) -> None:
+        """End a `stop` that is under way without waiting for the calls that go on."""
+        await self._server.stop(0)
 
-def server_options(settings: Settings) -> list[tuple[str, int]]:
+    async def _watch_engine(self) -> None:
+        """Have health say NOT_SERVING while one batch takes longer than it may."""
+        limit = self._settings.stuck_after
+        while True:
+            busy = self._service.busy_seconds
+            if (busy > limit) != self._stuck:
+                self._stuck = not self._stuck
+                if self._stuck:
+                    logger.error("the engine is stuck: a batch has been computed for %.1f s", busy)
+                else:
+                    logger.warning("the engine is no longer stuck")
+                self._tell_health()
+            await asyncio.sleep(min(limit / _LOOKS_PER_LIMIT, 1.0))
+
+    def _tell_health(self) -> None:
+        self._health.set_serving(self.is_serving())
+        self._observer.health_changed(self.is_serving())
+
+
+def server_options(settings: Settings, *, shares_port: bool = False) -> list[tuple[str, int]]:
     """gRPC's options for a server."""
     limit = _TRANSPORT_MARGIN * settings.max_message_bytes
     return [
-        # A second server on a taken port is to fail, not to share it.
-        ("grpc.so_reuseport", 0),
+        # Unless the other one is of our own, a second server on a taken port is to fail, not to share it.
+        ("grpc.so_reuseport", int(shares_port)),
         ("grpc.max_receive_message_length", limit),
         ("grpc.max_send_message_length", limit),
-        # What the SDK's keepalive of one ping a minute needs.
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 30_000),
-        ("grpc.keepalive_permit_without_calls", 1),
+        *connection_options(settings),
     ]
 
 
-async def _load_classifier(settings: Settings) -> Classifier:
-    """Load in a thread that the process does not wait for at its end, as weights may lie on a disk that hangs."""
-    loaded: Future[Classifier] = Future()
-    loaded.set_running_or_notify_cancel()  # whoever waits may be cancelled, this work not
-
-    def load() -> None:
+def _load(snapshot: Snapshot, settings: Settings) -> Classifier:
+    try:
         # Here, because torch takes seconds to import and the port can be open meanwhile.
+        from server.inference import load_classifier
+    except ModuleNotFoundError as error:
+        raise CannotServe(not_installed(error)) from error
+    return load_classifier(
+        snapshot,
+        device=settings.device,
+        max_batch_size=settings.max_batch_size,
+        min_accuracy=settings.min_accuracy,
+    )
+
+
+async def in_daemon_thread(function: Callable[[], T]) -> T:
+    """Run a function in a thread that the process does not wait for at its end: a disk may hang."""
+    outcome: Future[T] = Future()
+    outcome.set_running_or_notify_cancel()  # whoever waits may be cancelled, this work not
+
+    def run() -> None:
         try:
-            from server.inference import load_classifier
-
-            loaded.set_result(
-                load_classifier(settings.weights, device=settings.device, max_batch_size=settings.max_batch_size)
-            )
-        except ModuleNotFoundError as error:
-            loaded.set_exception(CannotServe(not_installed(error)))
+            outcome.set_result(function())
         except BaseException as error:
-            loaded.set_exception(error)
+            outcome.set_exception(error)
 
-    threading.Thread(target=load, name="load", daemon=True).start()
-    return await asyncio.wrap_future(loaded)
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return await asyncio.wrap_future(outcome)
 
 
 def build_server(settings: Settings) -> tuple[DigitServer, int]:
     """Return a server that is bound but not started, and its port. Called in the event loop."""
     server = DigitServer(settings)
     return server, server.port
-
-
-async def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT, then drain.
-
-    Raises:
-        CannotServe: the address cannot be bound, or the weights cannot be served.
-    """
-    told_to_stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, told_to_stop.set)
-    try:
-        server, _ = build_server(settings)
-    except OSError as error:
-        raise CannotServe(str(error)) from error
-    await server.start()
-    try:
-        loading = asyncio.create_task(server.load())
-        stopping = asyncio.create_task(told_to_stop.wait())
-        await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
-        if loading.done():
-            await loading
-            print(f"serving on {server.address}", flush=True)
-            await stopping
-        logger.info("draining for up to %g s", settings.grace)
-    finally:
-        loading.cancel()
-        stopping.cancel()
-        await server.stop()
-    logger.info("stopped")

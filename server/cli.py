@@ -1,9 +1,8 @@
-"""The console script `mnist-grpc-server`: settings, logging, exit codes."""
+"""The console script `mnist-grpc-server`: settings, exit codes."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import signal
@@ -11,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from server import logs
+from server.cpus import usable_cpus
 from server.errors import CannotServe, not_installed
 from server.settings import InvalidSetting, Settings, read_settings
 
@@ -24,45 +25,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     for number in (signal.SIGTERM, signal.SIGINT):  # until the event loop takes them over
         signal.signal(number, lambda *_: sys.exit(0))
-    _configure_logging(settings)
+    logs.configure(settings)
     values = " ".join(f"{name}={value} ({sources[name]})" for name, value in asdict(settings).items())
     logging.getLogger(__name__).info("starting with %s", values)
     try:
-        from server.app import serve  # needs what the base install, the client, does not bring
-    except ModuleNotFoundError as error:
-        print(f"mnist-grpc-server: {not_installed(error)}", file=sys.stderr)
-        return 1
-    try:
-        asyncio.run(serve(settings))
+        _serve(settings)
     except CannotServe as error:
         print(f"mnist-grpc-server: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _configure_logging(settings: Settings) -> None:
-    handler = logging.StreamHandler()  # stdout is for `serving on`
-    if settings.log_format == "json":
-        handler.setFormatter(_JsonFormatter())
-    else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.captureWarnings(True)
-    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
+def _serve(settings: Settings) -> None:
+    """Serve in this process, or have several workers serve, until told to stop.
 
+    Raises:
+        CannotServe: something that the settings name cannot be used.
+    """
+    workers = settings.workers or usable_cpus()
+    try:
+        if workers > 1:
+            from server.supervisor import supervise
 
-class _JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
+            asyncio.run(supervise(settings, workers))
+        else:
+            from server.lifecycle import serve  # needs what the base install, the client, does not bring
 
-    def format(self, record: logging.LogRecord) -> str:
-        entry = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            entry["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(entry)
+            asyncio.run(serve(settings))
+    except ModuleNotFoundError as error:
+        raise CannotServe(not_installed(error)) from error
 
 
 if __name__ == "__main__":

@@ -49,6 +49,13 @@ class Overloaded(ServiceError):
         self.retry_after_seconds = retry_after_seconds
 
 
+class Overtaken(ServiceError):
+    """A newer frame of the same stream came before this one's turn."""
+
+    code = "ABORTED"
+    number = 10
+
+
 class Internal(ServiceError):
     """A fault of ours; `incident_id` stands beside the traceback in the log."""
 
@@ -58,6 +65,20 @@ class Internal(ServiceError):
     def __init__(self, incident_id: str) -> None:
         super().__init__(f"the server failed to answer; its log has the reason under incident {incident_id}")
         self.incident_id = incident_id
+
+
+class Refused(ServiceError):
+    """What was asked for cannot be done as things are; `message` says why."""
+
+    code = "FAILED_PRECONDITION"
+    number = 9
+
+
+class NotFound(ServiceError):
+    """What was asked for by name is not here."""
+
+    code = "NOT_FOUND"
+    number = 5
 
 
 class NotServing(ServiceError):

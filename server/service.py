@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -21,9 +24,10 @@ import numpy.typing as npt
 from digits.preprocessing import InvalidImage
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 from server.answers import build_response
-from server.batching import Answer, DeadlineExpired, DynamicBatcher, QueueClosed, QueueFull
+from server.batching import Answer, DeadlineExpired, DynamicBatcher, Flow, QueueClosed, QueueFull
 from server.errors import DeadlineExceeded, Internal, InvalidArgument, NotServing, Overloaded, ServiceError
 from server.inputs import Inputs, Rows, collect, count_bytes, count_images, decode, read_buffer
+from server.observer import Observer
 from server.settings import Settings
 from server.stream import FrameStream, Read, Write, build_blocks, error_block
 from server.version import server_version
@@ -35,14 +39,20 @@ if TYPE_CHECKING:  # torch is imported by whoever loads the model, when the port
 logger = logging.getLogger(__name__)
 
 MODEL_NAME = "mnist"
-RETRY_AFTER_SECONDS = 0.05
-"""What a caller is told to wait that a full queue refused: a default one is worked off in about that time."""
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["DigitClassifier"].full_name
+CLASSIFY, STREAM_CLASSIFY, GET_MODEL = (f"{SERVICE_NAME}/{name}" for name in ("Classify", "StreamClassify", "GetModel"))
+
+MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 0.02, 5.0
+"""Bounds of what a caller is told to wait that a full queue refused; between them, as long as the queue will take."""
 
 MAX_DECODING_BYTES = 64 * 1024 * 1024
 """Of image files that wait to be decoded; more are refused."""
 
 DECODING_RETRY_SECONDS = 1.0
 """What a caller is told to wait that was refused for that."""
+
+STREAM_WINDOW_MESSAGES = 2
+"""A stream holds up to so many of the longest messages in unanswered frames."""
 
 INLINE_SIZE = 32
 """Batches of up to this many images run on the event loop (docs/design.md has the figures)."""
@@ -55,15 +65,17 @@ class DigitService:
     streams end.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, observer: Observer | None = None) -> None:
         self._settings = settings
+        self.observer = observer or Observer()
         self._classifier: Classifier | None = None
         self._batcher: DynamicBatcher[Rows, Scores] = DynamicBatcher(
             self._run_batch,
             max_batch_size=settings.max_batch_size,
             max_wait_ms=settings.max_wait_ms,
             max_queue_size=settings.max_queue_size,
-            inline_size=INLINE_SIZE,
+            inline_size=INLINE_SIZE if settings.device == "cpu" else 0,  # other devices may keep the loop waiting
+            observer=self.observer,
         )
         self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
         self._decoding_bytes = 0  # of the requests that wait for the decoder or are in it
@@ -86,9 +98,30 @@ class DigitService:
         await self._batcher.close()
         self._decoder.shutdown(wait=False, cancel_futures=True)
 
+    @property
+    def model(self) -> Classifier:
+        """The model that computes the next batch.
+
+        Raises:
+            NotServing: none is loaded yet.
+        """
+        if self._classifier is None:
+            raise NotServing("the model is not loaded yet")
+        return self._classifier
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long the running batch has been computed; 0 when none is."""
+        return self._batcher.busy_seconds
+
     def serve_model(self, classifier: Classifier) -> None:
         """Answer with this model from the next batch on."""
         self._classifier = classifier
+        self.observer.model_served(classifier.checkpoint.version)
 
     def drain(self) -> None:
         """End open streams once the frames that they have sent are answered."""
@@ -104,8 +137,8 @@ class DigitService:
 
         `timeout` is what is left of the caller's deadline, in seconds.
         """
-        deadline = _deadline(timeout)
-        with named_errors():
+        deadline = deadline_after(timeout)
+        with Observed(self.observer, CLASSIFY, deadline), named_errors():
             inputs = await self._read(request, deadline)
             if inputs.errors:
                 raise inputs.errors[min(inputs.errors)]
@@ -113,24 +146,47 @@ class DigitService:
 
     async def stream_classify(self, read: Read, write: Write, timeout: float | None = None) -> None:
         """Answer frames in order until `read` returns None; see `FrameStream`."""
-        self._model()
-        if self._draining:
-            raise NotServing("the server is about to stop")
-        deadline = _deadline(timeout)
-        stream = FrameStream(lambda request: self._answer_frames(request, deadline), self._settings.stream_window)
-        self._streams.add(stream)
-        try:
-            with named_errors():
+        deadline = deadline_after(timeout)
+        flow = Flow()  # one for all of its frames, so that many of them do not crowd out other callers
+        stream = FrameStream(
+            lambda request: self._answer_frames(request, deadline, flow),
+            self._settings.stream_window,
+            STREAM_WINDOW_MESSAGES * self._settings.max_message_bytes,
+            self.observer.frames_dropped,
+        )
+        with Observed(self.observer, STREAM_CLASSIFY, deadline), named_errors():
+            self.model  # noqa: B018  # raises while there is none
+            if self._draining:
+                raise NotServing("the server is about to stop")
+            self._streams.add(stream)
+            self.observer.stream_opened()
+            try:
                 await stream.run(read, write)
-        finally:
-            self._streams.discard(stream)
+            finally:
+                self._streams.discard(stream)
+                self.observer.stream_closed()
 
     def get_model(self) -> pb.GetModelResponse:
         """Describe the model."""
-        with named_errors():
-            return self._describe(self._model().checkpoint)
+        with Observed(self.observer, GET_MODEL), named_errors():
+            return self._describe(self.model.checkpoint)
 
-    async def _answer_frames(self, request: pb.StreamClassifyRequest, deadline: float | None) -> list[pb.FrameBlock]:
+    async def compute(
+        self, rows: Rows, deadline: float | None = None, flow: Flow | None = None
+    ) -> list[Answer[Scores]]:
+        """Have rows computed by one model; for other contracts than ours.
+
+        `deadline` is a time of the event loop's clock. Raises ServiceError only.
+        """
+        with named_errors():
+            self.model  # noqa: B018  # raises while there is none
+            if len(rows) > (limit := self._settings.max_queue_size):
+                raise InvalidArgument("images", f"a request carries at most {limit} images, this one {len(rows)}")
+            return await self._submit(rows, deadline, flow)
+
+    async def _answer_frames(
+        self, request: pb.StreamClassifyRequest, deadline: float | None, flow: Flow
+    ) -> list[pb.FrameBlock]:
         """Answer the frames of one stream message; a frame's error stands in its place."""
         first, frames = request.first_sequence, request.frames
         try:
@@ -138,20 +194,15 @@ class DigitService:
                 if first + count_images(frames) > 1 << 64:
                     raise InvalidArgument("first_sequence", f"frames have numbers below 2^64, these begin at {first}")
                 inputs = await self._read(frames, deadline)
-                answers = await self._submit(inputs.rows, deadline) if len(inputs.rows) else []
+                answers = await self._submit(inputs.rows, deadline, flow) if len(inputs.rows) else []
                 return build_blocks(first, inputs, answers, frames.include_logits)
         except ServiceError as error:
             return [error_block(first, count_images(frames), error)]
 
     # Steps --------------------------------------------------------------------
 
-    def _model(self) -> Classifier:
-        if self._classifier is None:
-            raise NotServing("the model is not loaded yet")
-        return self._classifier
-
     def _run_batch(self, blocks: list[Rows]) -> list[Scores]:
-        return self._model().run_batch(blocks)
+        return self.model.run_batch(blocks)
 
     def _describe(self, checkpoint: Checkpoint) -> pb.GetModelResponse:
         manifest = checkpoint.manifest
@@ -173,7 +224,7 @@ class DigitService:
         )
 
     async def _read(self, request: pb.ClassifyRequest, deadline: float | None) -> Inputs:
-        self._model()
+        self.model  # noqa: B018  # raises while there is none
         if (size := count_bytes(request)) > (limit := self._settings.max_message_bytes):
             raise InvalidArgument("images", f"a request has at most {limit} bytes, this one has {size}")
         if (count := count_images(request)) > (limit := self._settings.max_queue_size):
@@ -187,6 +238,7 @@ class DigitService:
         if not encoded.files:
             raise InvalidArgument("encoded.files", "a request carries 1 or more images, this one carries 0")
         if self._decoding_bytes and self._decoding_bytes + size > MAX_DECODING_BYTES:
+            self.observer.rejected("decoder_full", len(encoded.files))
             raise Overloaded(
                 f"{self._decoding_bytes} bytes of image files wait to be decoded: no room for {size} more",
                 DECODING_RETRY_SECONDS,
@@ -203,19 +255,26 @@ class DigitService:
             self._decoding_bytes -= size
         return collect(decoded)
 
-    async def _submit(self, rows: Rows, deadline: float | None) -> list[Answer[Scores]]:
+    async def _submit(self, rows: Rows, deadline: float | None, flow: Flow | None = None) -> list[Answer[Scores]]:
         """Have rows computed by one model, in parts of at most `max_batch_size`."""
+        if deadline is None or asyncio.get_running_loop().time() < deadline:
+            answer = self._batcher.run_now(rows)
+            if answer is not None:
+                return [answer]
+        flow = flow or Flow()
         while True:
-            answers = await self._submit_once(rows, deadline)
+            answers = await self._submit_once(rows, deadline, flow)
             if len({answer.result.model_version for answer in answers}) == 1:
                 return answers
             # The model was exchanged between two parts.
 
-    async def _submit_once(self, rows: Rows, deadline: float | None) -> list[Answer[Scores]]:
+    async def _submit_once(self, rows: Rows, deadline: float | None, flow: Flow) -> list[Answer[Scores]]:
         size = self._settings.max_batch_size
-        futures = self._batcher.enqueue(
-            [rows[start : start + size] for start in range(0, len(rows), size)], deadline=deadline
-        )
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        try:
+            futures = self._batcher.enqueue(parts, deadline=deadline, flow=flow)
+        except QueueFull as error:
+            raise Overloaded(str(error), self._retry_after()) from error
         try:
             return [await future for future in futures]
         finally:
@@ -223,8 +282,41 @@ class DigitService:
                 if not future.cancel() and not future.cancelled():
                     future.exception()  # another part's failure is the one that is told
 
+    def _retry_after(self) -> float:
+        """When there should be room again; no two callers are told the same, or they would all come at once."""
+        wait = min(max(self._batcher.backlog_seconds, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)
+        return wait * random.uniform(1, 1.5)
 
-def _deadline(timeout: float | None) -> float | None:
+
+class Observed:
+    """Tells an observer how a call ended and how long it took, in a `with`."""
+
+    __slots__ = ("_deadline", "_method", "_observer", "_start")
+
+    def __init__(self, observer: Observer, method: str, deadline: float | None = None) -> None:
+        """`method` is `package.Service/Method`; `deadline` is a time of the event loop's clock."""
+        self._observer = observer
+        self._method = method
+        self._deadline = deadline
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            code = "OK"
+        elif isinstance(error, ServiceError):
+            code = error.code
+        elif self._deadline is not None and asyncio.get_running_loop().time() >= self._deadline:
+            code = "DEADLINE_EXCEEDED"
+        else:
+            code = "CANCELLED"  # whatever else would be a fault is a ServiceError by now
+        self._observer.call_ended(self._method, code, time.perf_counter() - self._start)
+
+
+def deadline_after(timeout: float | None) -> float | None:
     """When a caller's time is over, on the event loop's clock."""
     return None if timeout is None else asyncio.get_running_loop().time() + timeout
 
@@ -236,8 +328,6 @@ def named_errors() -> Iterator[None]:
         yield
     except ServiceError:
         raise
-    except QueueFull as error:
-        raise Overloaded(str(error), RETRY_AFTER_SECONDS) from error
     except QueueClosed as error:
         raise NotServing("the server is about to stop") from error
     except DeadlineExpired as error:

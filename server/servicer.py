@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import time
+from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import grpc
@@ -11,13 +13,13 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from protos.mnist.v1 import digit_classifier_pb2 as pb
+from server import logs
 from server.errors import InvalidArgument, ServiceError
-from server.service import DigitService
-
-SERVICE_NAME = pb.DESCRIPTOR.services_by_name["DigitClassifier"].full_name
+from server.service import CLASSIFY, GET_MODEL, SERVICE_NAME, STREAM_CLASSIFY, DigitService
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 M = TypeVar("M", bound=Message)
+T = TypeVar("T")
 
 
 class DigitClassifierServicer:
@@ -31,14 +33,14 @@ class DigitClassifierServicer:
 
     async def Classify(self, request: pb.ClassifyRequest | ServiceError, context: Context) -> pb.ClassifyResponse:
         try:
-            return await self._service.classify(_message(request), context.time_remaining())
+            return await self._service.classify(message(request), context.time_remaining())
         except ServiceError as error:
             await refuse(context, error)
 
     async def StreamClassify(self, _: object, context: Context) -> None:
         async def read() -> pb.StreamClassifyRequest | None:
             request = await context.read()
-            return None if request is grpc.aio.EOF else _message(request)
+            return None if request is grpc.aio.EOF else message(request)
 
         try:
             await self._service.stream_classify(read, context.write, context.time_remaining())
@@ -47,7 +49,7 @@ class DigitClassifierServicer:
 
     async def GetModel(self, request: pb.GetModelRequest | ServiceError, context: Context) -> pb.GetModelResponse:
         try:
-            _message(request)
+            message(request)
             return self._service.get_model()
         except ServiceError as error:
             await refuse(context, error)
@@ -61,19 +63,23 @@ def add_to_server(servicer: DigitClassifierServicer, server: grpc.aio.Server) ->
     """
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "Classify": grpc.unary_unary_rpc_method_handler(
-            servicer.Classify, _reader(pb.ClassifyRequest), pb.ClassifyResponse.SerializeToString
+            logged(CLASSIFY, servicer.Classify), reader(pb.ClassifyRequest), pb.ClassifyResponse.SerializeToString
         ),
         "StreamClassify": grpc.stream_stream_rpc_method_handler(
-            servicer.StreamClassify, _reader(pb.StreamClassifyRequest), pb.StreamClassifyResponse.SerializeToString
+            logged(STREAM_CLASSIFY, servicer.StreamClassify),
+            reader(pb.StreamClassifyRequest),
+            pb.StreamClassifyResponse.SerializeToString,
         ),
         "GetModel": grpc.unary_unary_rpc_method_handler(
-            servicer.GetModel, _reader(pb.GetModelRequest), pb.GetModelResponse.SerializeToString
+            logged(GET_MODEL, servicer.GetModel), reader(pb.GetModelRequest), pb.GetModelResponse.SerializeToString
         ),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
 
 
-def _reader(kind: type[M]) -> Callable[[bytes], M | ServiceError]:
+def reader(kind: type[M]) -> Callable[[bytes], M | ServiceError]:
+    """A deserialiser that gives bytes which are no message as the error to answer them with."""
+
     def read(content: bytes) -> M | ServiceError:
         try:
             return kind.FromString(content)
@@ -84,10 +90,63 @@ def _reader(kind: type[M]) -> Callable[[bytes], M | ServiceError]:
     return read
 
 
-def _message(request: M | ServiceError) -> M:
+def message(request: M | ServiceError) -> M:
+    """The message, or raise the error that `reader` gave in its place."""
     if isinstance(request, ServiceError):
         raise request
     return request
+
+
+def logged(method: str, handle: Callable[[Any, Context], Awaitable[T]]) -> Callable[[Any, Context], Awaitable[T]]:
+    """A handler that also logs how each call ended: at debug level, and an INTERNAL error at error level.
+
+    `method` is `package.Service/Method`.
+    """
+
+    async def handle_and_log(request: Any, context: Context) -> T:
+        start = time.perf_counter()
+        try:
+            answer = await handle(request, context)
+        except BaseException as error:
+            _log_failure(method, context, error, time.perf_counter() - start)
+            raise
+        if logs.tells_calls():
+            _log_call(logging.DEBUG, method, context, "OK", time.perf_counter() - start)
+        return answer
+
+    return handle_and_log
+
+
+def _log_failure(method: str, context: Context, error: BaseException, seconds: float) -> None:
+    if not isinstance(error, grpc.aio.AbortError):  # the caller left, or its deadline passed
+        if logs.tells_calls():
+            _log_call(logging.DEBUG, method, context, "CANCELLED", seconds)
+        return
+    code = _name_of(context.code())
+    level = logging.ERROR if code == "INTERNAL" else logging.DEBUG
+    if level == logging.ERROR or logs.tells_calls():
+        _log_call(level, method, context, code, seconds)
+
+
+def _log_call(level: int, method: str, context: Context, code: str, seconds: float) -> None:
+    given = dict(context.trailing_metadata() or ())
+    request_id = given.get(logs.REQUEST_ID_KEY) or logs.request_id(context.invocation_metadata())
+    details = context.details()
+    logs.log_call(
+        level,
+        method,
+        code,
+        seconds,
+        str(request_id),
+        context.peer(),
+        message=details.decode() if isinstance(details, bytes) else str(details or ""),
+        incident_id=str(given.get("incident-id", "")),
+    )
+
+
+def _name_of(code: object) -> str:
+    """grpc.aio gives a status code as a number, whatever its type says."""
+    return next((each.name for each in grpc.StatusCode if code in (each, each.value[0])), str(code))
 
 
 async def refuse(context: Context, error: ServiceError) -> NoReturn:
@@ -102,6 +161,7 @@ async def refuse(context: Context, error: ServiceError) -> NoReturn:
         delay.FromNanoseconds(int(error.retry_after_seconds * 1e9))
         _add(status, error_details_pb2.RetryInfo(retry_delay=delay))
         metadata.append(("grpc-retry-pushback-ms", str(int(error.retry_after_seconds * 1000))))
+    metadata.append((logs.REQUEST_ID_KEY, logs.request_id(context.invocation_metadata())))
     if error.incident_id:
         metadata.append(("incident-id", error.incident_id))
     if status.details:

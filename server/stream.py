@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 from server.answers import build_response
 from server.batching import Answer
-from server.errors import NotServing, ServiceError
-from server.inputs import Inputs, count_images
+from server.errors import NotServing, Overtaken, ServiceError
+from server.inputs import Inputs, count_bytes, count_images
 
 if TYPE_CHECKING:
     from server.inference import Scores
@@ -29,16 +29,30 @@ class FrameStream:
 
     The reader starts on each message as it comes, so that one stream alone
     fills batches; the writer sends the answers in the order of arrival. While
-    `window` frames are unanswered, the message that was read last is held back
-    and nothing more is read: the transport's flow control holds the sender.
+    `window` frames, or `window_bytes` of images, are unanswered, the message that
+    was read last is held back and nothing more is read: the transport's flow
+    control holds the sender.
+
+    Once a message asks for the latest frames only, messages are computed one by
+    one, and one whose turn comes when a newer one is there is answered as
+    overtaken.
     """
 
-    def __init__(self, answer: AnswerFrames, window: int) -> None:
+    def __init__(
+        self, answer: AnswerFrames, window: int, window_bytes: int, overtaken: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """`overtaken` is told how many frames were not computed because newer ones came."""
         self._answer = answer
         self._window = window
+        self._window_bytes = window_bytes
+        self._overtaken = overtaken
+        self._latest_only = False
+        self._turn = asyncio.Lock()
+        self._messages = 0
         self._complete = False  # the sender has said that nothing more comes, and all is pending
-        self._pending: deque[tuple[int, asyncio.Task[list[pb.FrameBlock]]]] = deque()
+        self._pending: deque[tuple[int, int, asyncio.Task[list[pb.FrameBlock]]]] = deque()  # with frames and bytes
         self._unanswered = 0
+        self._unanswered_bytes = 0
         self._ended = False  # nothing more will be pending
         self._draining = False
         self._changed = asyncio.Event()  # for the writer: something is pending, or the end
@@ -58,27 +72,40 @@ class FrameStream:
             await reader
         finally:
             reader.cancel()
-            for _, task in self._pending:
+            for *_, task in self._pending:
                 task.cancel()
-            await asyncio.gather(reader, *(task for _, task in self._pending), return_exceptions=True)
+            await asyncio.gather(reader, *(task for *_, task in self._pending), return_exceptions=True)
 
     async def _read(self, read: Read) -> None:
         try:
             while (request := await read()) is not None:
-                count = count_images(request.frames)
+                count, size = count_images(request.frames), count_bytes(request.frames)
                 # A message larger than the window goes when it is alone.
-                while self._unanswered and self._unanswered + count > self._window:
+                while self._unanswered and (
+                    self._unanswered + count > self._window or self._unanswered_bytes + size > self._window_bytes
+                ):
                     self._room.clear()
                     await self._room.wait()
                 if self._draining:
                     return
-                task = asyncio.create_task(self._answer(request))
-                self._pending.append((count, task))
+                self._messages += 1
+                self._latest_only |= request.latest_only
+                answer = self._answer_latest(request, self._messages) if self._latest_only else self._answer(request)
+                self._pending.append((count, size, asyncio.create_task(answer)))
                 self._unanswered += count
+                self._unanswered_bytes += size
                 self._changed.set()
             self._complete = True
         finally:
             self._end()
+
+    async def _answer_latest(self, request: pb.StreamClassifyRequest, number: int) -> list[pb.FrameBlock]:
+        async with self._turn:
+            if number == self._messages:
+                return await self._answer(request)
+        count = count_images(request.frames)
+        self._overtaken(count)
+        return [error_block(request.first_sequence, count, Overtaken("a newer frame came before the turn of this one"))]
 
     def _end(self) -> None:
         self._ended = True
@@ -92,15 +119,17 @@ class FrameStream:
                     return
                 self._changed.clear()
                 await self._changed.wait()
-            await self._pending[0][1]
+            await self._pending[0][2]
             response = pb.StreamClassifyResponse()
-            count = 0
-            while self._pending and self._pending[0][1].done():
-                frames, task = self._pending.popleft()
+            count = size = 0
+            while self._pending and self._pending[0][2].done():
+                frames, frame_bytes, task = self._pending.popleft()
                 response.blocks.extend(task.result())
                 count += frames
+                size += frame_bytes
             await write(response)
             self._unanswered -= count
+            self._unanswered_bytes -= size
             self._room.set()
 
 

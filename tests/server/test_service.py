@@ -443,6 +443,7 @@ async def test_the_callers_of_a_failed_batch_share_one_incident_and_one_tracebac
     def broken(blocks: Sequence[Rows]) -> list[Scores]:
         raise RuntimeError("broken engine")
 
+    monkeypatch.setattr(server.service, "INLINE_SIZE", 0)  # so that nobody is computed alone
     async with serving(model) as service:
         monkeypatch.setattr(model, "run_batch", broken)
         calls = (service.classify(request_of(slice(row, row + 1))) for row in range(5))

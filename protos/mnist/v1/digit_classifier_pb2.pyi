@@ -170,9 +170,16 @@ class StreamClassifyRequest(google.protobuf.message.Message):
 
     FIRST_SEQUENCE_FIELD_NUMBER: builtins.int
     FRAMES_FIELD_NUMBER: builtins.int
+    LATEST_ONLY_FIELD_NUMBER: builtins.int
     first_sequence: builtins.int
     """The number of the first frame; frame i of this message has the number
     first_sequence + i. Numbers are the client's to choose; they come back.
+    """
+    latest_only: builtins.bool
+    """For live video: from this message on, frames that wait for their turn when
+    newer ones arrive are not computed. They are answered in their place with a
+    FrameError of code 10 (ABORTED); the newest frame always gets its answer.
+    Once set it holds for the rest of the stream.
     """
     @property
     def frames(self) -> global___ClassifyRequest:
@@ -183,9 +190,10 @@ class StreamClassifyRequest(google.protobuf.message.Message):
         *,
         first_sequence: builtins.int = ...,
         frames: global___ClassifyRequest | None = ...,
+        latest_only: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["frames", b"frames"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["first_sequence", b"first_sequence", "frames", b"frames"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["first_sequence", b"first_sequence", "frames", b"frames", "latest_only", b"latest_only"]) -> None: ...
 
 global___StreamClassifyRequest = StreamClassifyRequest
 
