@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with (
             server("bench.noop_server") as noop,
-            server("server", ["--port", "0", "--weights", EMBEDDED_WEIGHTS, "--log-level", "warning"]) as ours,
+            server("server", ["--port", "0", "--workers", "1", "--weights", EMBEDDED_WEIGHTS, "--log-level", "warning"]) as ours,
             generator() as load,
         ):
             rounds = [

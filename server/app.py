@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -23,11 +21,10 @@ from server.open_inference import OpenInference
 from server.service import SERVICE_NAME, DigitService
 from server.settings import Settings
 from server.statistics import Statistics
+from server.threads import in_daemon_thread
 
 if TYPE_CHECKING:
     from server.inference import Classifier
-
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -220,21 +217,6 @@ def _load(snapshot: Snapshot, settings: Settings) -> Classifier:
         max_batch_size=settings.max_batch_size,
         min_accuracy=settings.min_accuracy,
     )
-
-
-async def in_daemon_thread(function: Callable[[], T]) -> T:
-    """Run a function in a thread that the process does not wait for at its end: a disk may hang."""
-    outcome: Future[T] = Future()
-    outcome.set_running_or_notify_cancel()  # whoever waits may be cancelled, this work not
-
-    def run() -> None:
-        try:
-            outcome.set_result(function())
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=run, name="load", daemon=True).start()
-    return await asyncio.wrap_future(outcome)
 
 
 def build_server(settings: Settings) -> tuple[DigitServer, int]:

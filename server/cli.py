@@ -13,6 +13,7 @@ from dataclasses import asdict
 from server import logs
 from server.cpus import usable_cpus
 from server.errors import CannotServe, not_installed
+from server.loop import run
 from server.settings import InvalidSetting, Settings, read_settings
 
 
@@ -43,6 +44,8 @@ def _serve(settings: Settings) -> None:
         CannotServe: something that the settings name cannot be used.
     """
     workers = settings.workers or usable_cpus()
+    # Of NumPy's products, as of torch's: the threads of a product would wait for cores that others work on.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         if workers > 1:
             from server.supervisor import supervise
@@ -51,7 +54,7 @@ def _serve(settings: Settings) -> None:
         else:
             from server.lifecycle import serve  # needs what the base install, the client, does not bring
 
-            asyncio.run(serve(settings))
+            run(serve(settings))
     except ModuleNotFoundError as error:
         raise CannotServe(not_installed(error)) from error
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from digits.snapshot import InvalidCheckpoint, Snapshot, manifest_path, take_snapshot
 from server.errors import CannotServe
 from server.observer import Observer
+from server.threads import in_daemon_thread
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ class Deployment:
 
     async def _read(self) -> Snapshot:
         try:
-            return await asyncio.to_thread(take_snapshot, self._path)
+            return await in_daemon_thread(lambda: take_snapshot(self._path))
         except InvalidCheckpoint as error:
             raise CannotServe(str(error)) from error
 

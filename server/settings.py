@@ -146,8 +146,12 @@ def _cast(name: str, text: str, cast: Callable[[str], Any]) -> Any:
     try:
         return cast(text)
     except (ValueError, KeyError):
-        kind = {int: "a whole number", float: "a number", _switch: "true or false"}[cast]
+        kind = {float: "a number", _switch: "true or false"}.get(cast, "a whole number")
         raise InvalidSetting(f"{name} is {kind}, not {text!r}") from None
+
+
+def _number_or_none(text: str) -> int | None:
+    return None if text.lower() in ("", "none") else int(text)
 
 
 def _switch(text: str) -> bool:
@@ -156,7 +160,7 @@ def _switch(text: str) -> bool:
 
 _TYPES: dict[str, tuple[Callable[[str], Any], str]] = {
     "int": (int, "N"),
-    "int | None": (int, "N"),
+    "int | None": (_number_or_none, "N"),
     "float": (float, "X"),
     "str": (str, "TEXT"),
     "bool": (_switch, "BOOL"),

@@ -116,6 +116,7 @@ async def running_server() -> AsyncIterator[str]:
 def server_process() -> Iterator[Callable[..., tuple[str, subprocess.Popen[str]]]]:
     """Start `python -m server` on a free port; give its address once it serves, and the process.
 
+    One process without a supervisor, unless `--workers` says otherwise.
     `server_process(*flags, wait=True, **environment)`; with `wait=False` the
     address is empty and stdout is still to be read.
     """
@@ -125,7 +126,7 @@ def server_process() -> Iterator[Callable[..., tuple[str, subprocess.Popen[str]]
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("MNIST_GRPC_")}
         process = subprocess.Popen(
             [sys.executable, "-m", "server", *(() if "--port" in flags else ("--port", "0")), *flags],
-            env=inherited | {"PYTHONPATH": str(ROOT)} | environment,
+            env=inherited | {"MNIST_GRPC_WORKERS": "1"} | {"PYTHONPATH": str(ROOT)} | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -234,7 +234,12 @@ async def test_reflection_lists_the_services_and_describes_ours(channel: grpc.ai
     await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
     listed = await call.read()
     names = {service.name for service in listed.list_services_response.service}
-    assert names == {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+    assert names == {
+        SERVICE,
+        "inference.GRPCInferenceService",
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1alpha.ServerReflection",
+    }
     await call.write(reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICE))
     described = await call.read()
     assert b"StreamClassify" in described.file_descriptor_response.file_descriptor_proto[0]

@@ -21,6 +21,7 @@ from protos.mnist.v1 import digit_classifier_pb2 as pb
 from server.errors import DeadlineExceeded, Internal, InvalidArgument, NotServing, Overloaded, ServiceError
 from server.inference import Classifier, Scores
 from server.inputs import Rows, decode
+from server.observer import Observer
 from server.service import DigitService
 from server.settings import Settings
 
@@ -67,9 +68,20 @@ def held_model(monkeypatch: pytest.MonkeyPatch) -> Model:
     return Model(held=True)
 
 
+class DroppedFrames(Observer):
+    """Counts the frames that were overtaken."""
+
+    frames = 0
+
+    def frames_dropped(self, frames: int) -> None:
+        self.frames += frames
+
+
 @asynccontextmanager
-async def serving(model: Model | None, **settings: Any) -> AsyncIterator[DigitService]:
-    async with DigitService(Settings(**settings)) as service:
+async def serving(
+    model: Model | None, observer: Observer | None = None, **settings: Any
+) -> AsyncIterator[DigitService]:
+    async with DigitService(Settings(**settings), observer) as service:
         if model is not None:
             service.serve_model(model)
         yield service
@@ -104,9 +116,11 @@ class Conversation:
         self._got = asyncio.Event()
         self._sent = 0
 
-    def send(self, frames: pb.ClassifyRequest, first: int | None = None) -> None:
+    def send(self, frames: pb.ClassifyRequest, first: int | None = None, *, latest_only: bool = False) -> None:
         self._requests.put_nowait(
-            pb.StreamClassifyRequest(first_sequence=self._sent if first is None else first, frames=frames)
+            pb.StreamClassifyRequest(
+                first_sequence=self._sent if first is None else first, frames=frames, latest_only=latest_only
+            )
         )
         self._sent += max(1, len(frames.pixels) // 784, len(frames.encoded.files))
         self._waiting.clear()
@@ -481,6 +495,64 @@ async def test_frame_numbers_that_do_not_fit_are_refused_in_their_place(
     assert refused.error.field == "first_sequence"
     assert "2^64" in refused.error.message
     assert answered.WhichOneof("outcome") == "result"
+
+
+async def test_live_frames_that_newer_ones_overtake_are_told_and_not_computed(held_model: Model) -> None:
+    observer = DroppedFrames()
+    async with serving(held_model, observer) as service:
+        far_end = Conversation(service)
+        far_end.send(request_of(0), latest_only=True)
+        task = far_end.start()
+        await held_model.begun()
+        for n in range(1, 6):
+            far_end.send(request_of(n))
+        await far_end.all_read()
+        held_model.let_go(2)
+        await far_end.answered(6)
+        far_end.send(request_of(6))
+        far_end.end()
+        held_model.let_go()
+        await task
+    outcomes = {block.first_sequence: block for block in far_end.blocks}
+    assert [block.first_sequence for block in far_end.blocks] == list(range(7)), "in order, each exactly once"
+    assert [n for n, block in outcomes.items() if block.WhichOneof("outcome") == "result"] == [0, 5, 6]
+    assert {outcomes[n].error.code for n in range(1, 5)} == {10}
+    assert "newer frame" in outcomes[1].error.message
+    assert held_model.batches == [1, 1, 1]
+    assert observer.frames == 4
+    check_rows(outcomes[5].result, PIXELS[5:6])
+
+
+async def test_frames_of_an_ordinary_stream_are_all_computed(held_model: Model) -> None:
+    async with serving(held_model) as service:
+        far_end = Conversation(service)
+        far_end.send(request_of(0))
+        task = far_end.start()
+        await held_model.begun()
+        for n in range(1, 6):
+            far_end.send(request_of(n))
+        await far_end.all_read()
+        far_end.end()
+        held_model.let_go(6)
+        await task
+    assert [block.WhichOneof("outcome") for block in far_end.blocks] == ["result"] * 6
+
+
+async def test_a_stream_holds_a_bounded_number_of_bytes(held_model: Model) -> None:
+    """Whatever the number of frames: 1 image may be a file of megabytes."""
+    size = 8 * 784
+    async with serving(held_model, max_message_bytes=size) as service:
+        far_end = Conversation(service)
+        for n in range(6):
+            far_end.send(request_of(slice(8 * n, 8 * n + 8)))
+        far_end.end()
+        task = far_end.start()
+        await held_model.begun()
+        await idle()
+        assert far_end.reads == 3, "two messages are within the window, and the third is held back"
+        held_model.let_go(6)
+        await task
+    assert sum(block.frame_count for block in far_end.blocks) == 48
 
 
 async def test_an_empty_stream_ends_without_an_answer(model: Model) -> None:
