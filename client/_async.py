@@ -92,10 +92,11 @@ class AsyncClient:
         *,
         timeout: float | None = None,
         window: int = _core.STREAM_WINDOW,
+        latest_only: bool = False,
     ) -> AsyncIterator[Prediction | MnistGrpcError]:
         """See `Client.stream_classify`. `frames` may also be an async iterable."""
         seconds = self._seconds(timeout)
-        stream = AsyncStream(self.target, seconds, _core.checked_window(window))
+        stream = AsyncStream(self.target, seconds, _core.checked_window(window), latest_only)
         self._streams.add(stream)
         return stream.run(self._checked_stub, frames)
 

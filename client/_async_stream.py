@@ -30,12 +30,12 @@ _NO_MORE: Any = object()
 class AsyncStream:
     """One stream: a task prepares frames, one sends what waits, one receives answers."""
 
-    def __init__(self, target: str, timeout: float, window: int) -> None:
+    def __init__(self, target: str, timeout: float, window: int, latest_only: bool) -> None:
         self._target = target
         self._timeout = timeout
         self._room = asyncio.Semaphore(window)
         self._changed = asyncio.Event()
-        self._ledger = FrameLedger(target, timeout)
+        self._ledger = FrameLedger(target, timeout, latest_only)
         self._results: asyncio.Queue[StreamResult | StreamEnd] = asyncio.Queue()
         self._source_error: BaseException | None = None
         self._status: grpc.RpcError | None = None

@@ -24,6 +24,7 @@ from client._errors import (
     InvalidImageError,
     MnistGrpcError,
     OverloadedError,
+    OvertakenError,
     ServerError,
     UnauthenticatedError,
     UnavailableError,
@@ -248,7 +249,11 @@ def error_of_call(error: grpc.RpcError, target: str, timeout: float) -> MnistGrp
 
 
 def error_of_frame(error: pb.FrameError) -> MnistGrpcError:
-    raised = _error(_CODES.get(error.code, grpc.StatusCode.UNKNOWN), error.message, error.message)
+    code = _CODES.get(error.code, grpc.StatusCode.UNKNOWN)
+    raised = _error(code, error.message, error.message)
+    if code is grpc.StatusCode.ABORTED:
+        raised = OvertakenError(error.message)
+        raised.code = code.name
     raised.incident_id = error.incident_id or None
     return raised
 

@@ -6,6 +6,7 @@ MnistGrpcError
 ├── OverloadedError        the server has no room now; try again later
 ├── UnavailableError       no server is reached, or it is not serving
 ├── UnauthenticatedError   the server does not accept who calls
+├── OvertakenError         a newer frame of a live stream came before this one's turn
 └── ServerError            the server failed; its log knows `incident_id`
 
 Each keeps the gRPC error that it stands for as `__cause__`.
@@ -45,6 +46,10 @@ class UnavailableError(MnistGrpcError, ConnectionError):
 
 class UnauthenticatedError(MnistGrpcError):
     """The server wants credentials, or other ones."""
+
+
+class OvertakenError(MnistGrpcError):
+    """A frame of a stream with `latest_only` was not read, as a newer one came before its turn."""
 
 
 class ServerError(MnistGrpcError):

@@ -27,11 +27,14 @@ class StreamEnd:
 class FrameLedger:
     """The frames of one stream.
 
-    Frames that wait to be sent go together in one message. A frame that cannot
-    be prepared is never sent; its error takes its place among the answers.
+    Frames that wait to be sent go together in one message, or, with
+    `latest_only`, each in its own, so that newer ones can overtake older ones. A
+    frame that cannot be prepared is never sent; its error takes its place among
+    the answers.
     """
 
-    def __init__(self, target: str, timeout: float) -> None:
+    def __init__(self, target: str, timeout: float, latest_only: bool = False) -> None:
+        self._latest_only = latest_only
         self._target = target
         self._timeout = timeout
         self._waiting: deque[npt.NDArray[np.uint8]] = deque()
@@ -64,12 +67,15 @@ class FrameLedger:
         return self._complete
 
     def next_message(self) -> pb.StreamClassifyRequest | None:
-        """A message with the frames that wait, up to `PACKED_FRAMES`; None if none does."""
+        """A message with the frames that wait, up to `PACKED_FRAMES`, or with the first of them; None if none does."""
         if not self._waiting:
             return None
         first = self._added - len(self._waiting)
-        packed = [self._waiting.popleft() for _ in range(min(len(self._waiting), PACKED_FRAMES))]
-        return pb.StreamClassifyRequest(first_sequence=first, frames=build_request(np.stack(packed)))
+        count = 1 if self._latest_only else min(len(self._waiting), PACKED_FRAMES)
+        packed = [self._waiting.popleft() for _ in range(count)]
+        return pb.StreamClassifyRequest(
+            first_sequence=first, frames=build_request(np.stack(packed)), latest_only=self._latest_only
+        )
 
     # From answers to results.
 

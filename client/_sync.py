@@ -100,7 +100,12 @@ class Client:
         return predictions
 
     def stream_classify(
-        self, frames: Iterable[Image], *, timeout: float | None = None, window: int = _core.STREAM_WINDOW
+        self,
+        frames: Iterable[Image],
+        *,
+        timeout: float | None = None,
+        window: int = _core.STREAM_WINDOW,
+        latest_only: bool = False,
     ) -> Iterator[Prediction | MnistGrpcError]:
         """Read the digits in a sequence of frames while it goes on.
 
@@ -115,9 +120,11 @@ class Client:
             timeout: seconds without an answer while one is owed; else the
                 client's.
             window: the most frames whose results were not yet taken.
+            latest_only: for live video: a frame that waits for its turn when a
+                newer one comes is not read; its result is an `OvertakenError`.
         """
         seconds = self._seconds(timeout)
-        stream = SyncStream(self.target, seconds, _core.checked_window(window), lambda: self._closed)
+        stream = SyncStream(self.target, seconds, _core.checked_window(window), latest_only, lambda: self._closed)
         return stream.run(self._stub, frames)
 
     def get_model(self, *, timeout: float | None = None) -> Model:

@@ -25,13 +25,15 @@ class SyncStream:
     `_changed`, keeps the results in the order of the frames.
     """
 
-    def __init__(self, target: str, timeout: float, window: int, is_closed: Callable[[], bool]) -> None:
+    def __init__(
+        self, target: str, timeout: float, window: int, latest_only: bool, is_closed: Callable[[], bool]
+    ) -> None:
         self._is_closed = is_closed
         self._target = target
         self._timeout = timeout
         self._room = threading.Semaphore(window)
         self._changed = threading.Condition()
-        self._ledger = FrameLedger(target, timeout)
+        self._ledger = FrameLedger(target, timeout, latest_only)
         self._results: queue.SimpleQueue[StreamResult | StreamEnd] = queue.SimpleQueue()
         self._source_error: BaseException | None = None
         self._left = False

@@ -19,7 +19,7 @@ from server.observer import Observer, Observers
 from server.open_inference import SERVICE_NAME as OPEN_INFERENCE_NAME
 from server.open_inference import OpenInference
 from server.service import SERVICE_NAME, DigitService
-from server.settings import Settings
+from server.settings import Settings, bracketed
 from server.statistics import Statistics
 from server.threads import in_daemon_thread
 
@@ -88,7 +88,7 @@ class DigitServer:
         admin.add_to_server(self._health, self._reflection, self._server)
         if exchange is not None:
             model_admin.add_to_server(model_admin.ModelAdminServicer(exchange), self._server)
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        host = bracketed(settings.host)
         credentials = server_credentials(settings)
         address = f"{host}:{settings.port}"
         try:

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from server.observer import Observer, Observers
-from server.settings import Settings
+from server.settings import Settings, bracketed
 
 if TYPE_CHECKING:
     import grpc
@@ -20,16 +20,25 @@ class Instruments:
     """What watches the server. A context manager: when left, traces are sent and the metrics page ends."""
 
     def __init__(self, settings: Settings, worker: int | None = None) -> None:
-        """`worker` is the number of a worker whose metrics a supervisor serves."""
-        self._settings = settings
+        """Set them up; `worker` is the number of a worker whose metrics a supervisor serves.
+
+        Raises:
+            CannotServe: a port, a package or a variable that they need cannot be used.
+        """
         self._closers: list[Callable[[], object]] = []
         self.interceptors: list[grpc.aio.ServerInterceptor] = []
         self.observer: Observer | None = None
         observers: list[Observer] = []
         if settings.metrics_port is not None:
-            from server.metrics import Metrics
+            from server.metrics import Metrics, start_metrics_server
 
-            observers.append(Metrics(settings))
+            metrics = Metrics(max_queue_size=settings.max_queue_size)
+            observers.append(metrics)
+            if worker is None:
+                self._closers.append(metrics.close)
+                page, port = start_metrics_server(settings.host, settings.metrics_port)
+                self._closers.append(page.close)
+                logger.info("metrics on http://%s:%d/metrics", bracketed(settings.host), port)
         if settings.tracing:
             from server import tracing
 

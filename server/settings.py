@@ -106,6 +106,11 @@ class Settings:
             raise InvalidSetting(f"{flag(name)} is {rule}, not {getattr(self, name)!r}")
 
 
+def bracketed(host: str) -> str:
+    """A host as it stands before a colon and a port: `::1` -> `[::1]`."""
+    return f"[{host}]" if ":" in host else host
+
+
 def flag(name: str) -> str:
     """`max_batch_size` -> `--max-batch-size`."""
     return "--" + name.replace("_", "-")

@@ -22,6 +22,7 @@ NAMES = [
     "MnistGrpcError",
     "Model",
     "OverloadedError",
+    "OvertakenError",
     "Prediction",
     "ServerError",
     "UnauthenticatedError",

@@ -94,6 +94,34 @@ def test_a_frame_that_the_server_refuses_is_told_in_its_place(
     assert (results[3].code, results[3].incident_id, str(results[3])) == ("INTERNAL", "abc", "no threes")
 
 
+def test_a_live_frame_that_was_overtaken_is_told_in_its_place(
+    connect: Connect, fakes: Fakes, digits: list[GreyImage]
+) -> None:
+    def stream(messages: Iterable[pb.StreamClassifyRequest], _: Any) -> Iterator[pb.StreamClassifyResponse]:
+        for message in messages:
+            assert message.latest_only
+            assert len(message.frames.pixels) == 784, "each frame comes alone, so that it can be overtaken"
+            response = fakes.answer_frames(message)
+            if message.first_sequence == 1:
+                error = pb.FrameError(code=10, message="a newer frame came before the turn of this one")
+                response.blocks[0].error.CopyFrom(error)
+            yield response
+
+    results = list(connect(fakes.serve(stream=stream)).stream_classify(digits[:3], latest_only=True))
+    overtaken = results[1]
+    assert isinstance(overtaken, client.OvertakenError)
+    assert overtaken.code == "ABORTED"
+    assert "newer frame" in str(overtaken)
+    assert [result.digit for result in results if isinstance(result, client.Prediction)] == [0, 2]
+
+
+def test_a_live_stream_answers_its_newest_frame(connect: Connect, server_address: str, digits: list[GreyImage]) -> None:
+    results = list(connect(server_address).stream_classify(digits, latest_only=True))
+    assert len(results) == 20
+    assert isinstance(results[-1], client.Prediction)
+    assert all(isinstance(result, client.Prediction | client.OvertakenError) for result in results)
+
+
 def test_two_streams_of_one_client_do_not_mix(connect: Connect, server_address: str, digits: list[GreyImage]) -> None:
     twin = connect(server_address)
     threes = twin.stream_classify([digits[3]] * 50)
