@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import grpc
 
@@ -144,7 +144,7 @@ class Client:
                 _core.HEALTH_WATCH, request_serializer=bytes, response_deserializer=bytes
             )
             while (remaining := deadline - time.monotonic()) > 0:
-                call = watch(_core.health_request(), timeout=remaining, wait_for_ready=True)
+                call: Any = watch(_core.health_request(), timeout=remaining, wait_for_ready=True)
                 try:
                     for status in call:
                         if _core.is_serving(status):
@@ -153,7 +153,8 @@ class Client:
                     if error.code() not in _core.WORTH_WAITING:
                         raise
                 finally:
-                    call.cancel()
+                    # A channel that others instrumented may give a generator in place of a call.
+                    (call.cancel if hasattr(call, "cancel") else call.close)()
                 time.sleep(_core.READY_PAUSE)
         raise _core.not_ready(self.target, timeout)
 

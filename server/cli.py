@@ -43,7 +43,8 @@ def _serve(settings: Settings) -> None:
     Raises:
         CannotServe: something that the settings name cannot be used.
     """
-    workers = settings.workers or usable_cpus()
+    # Elsewhere than on Linux, the kernel does not spread connections over processes.
+    workers = settings.workers or (usable_cpus() if sys.platform == "linux" else 1)
     # Of NumPy's products, as of torch's: the threads of a product would wait for cores that others work on.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:

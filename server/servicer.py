@@ -120,7 +120,9 @@ def logged(method: str, handle: Callable[[Any, Context], Awaitable[T]]) -> Calla
 def _log_failure(method: str, context: Context, error: BaseException, seconds: float) -> None:
     if not isinstance(error, grpc.aio.AbortError):  # the caller left, or its deadline passed
         if logs.tells_calls():
-            _log_call(logging.DEBUG, method, context, "CANCELLED", seconds)
+            remaining = context.time_remaining()
+            code = "CANCELLED" if remaining is None or remaining > 0 else "DEADLINE_EXCEEDED"
+            _log_call(logging.DEBUG, method, context, code, seconds)
         return
     code = _name_of(context.code())
     level = logging.ERROR if code == "INTERNAL" else logging.DEBUG
