@@ -12,7 +12,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .NOTPARALLEL:
-.PHONY: run test lint format proto train evaluate bench client-range clean
+.PHONY: run test lint format proto train evaluate bench client-range open-inference-clients clean
 
 run: $(VENV)/.server
 	@exec $(BIN)/mnist-grpc-server $(ARGS)
@@ -43,6 +43,10 @@ bench: $(VENV)/.dev
 # The client's tests at both ends of the versions that pyproject.toml claims.
 client-range: $(VENV)/.dev
 	scripts/client-range $(BIN)/python
+
+# Triton's and KServe's own clients against the server.
+open-inference-clients: $(VENV)/.dev
+	scripts/open-inference-clients $(BIN)/python
 
 clean:
 	rm -rf $(VENV) .venv-*

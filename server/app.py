@@ -71,7 +71,7 @@ class DigitServer:
         self._stuck = False
         self._serving = False
         self._service = DigitService(settings, self._observer)
-        self._open_inference = OpenInference(self._service, settings, statistics, self.is_serving)
+        inference = OpenInference(self._service, settings, statistics, self.is_serving)
         self._health = admin.HealthServicer(HEALTH_NAMES)
         names = [SERVICE_NAME, OPEN_INFERENCE_NAME, *admin.SERVICES]
         if exchange is not None:
@@ -82,9 +82,7 @@ class DigitServer:
             options=server_options(settings, shares_port=shares_port),
         )
         servicer.add_to_server(servicer.DigitClassifierServicer(self._service), self._server)
-        open_inference_servicer.add_to_server(
-            open_inference_servicer.OpenInferenceServicer(self._open_inference), self._server
-        )
+        open_inference_servicer.add_to_server(open_inference_servicer.OpenInferenceServicer(inference), self._server)
         admin.add_to_server(self._health, self._reflection, self._server)
         if exchange is not None:
             model_admin.add_to_server(model_admin.ModelAdminServicer(exchange), self._server)
@@ -164,7 +162,6 @@ class DigitServer:
         self._health.end()
         self._reflection.end()
         self._service.drain()
-        self._open_inference.drain()
         await self._server.stop(self._settings.grace if grace is None else grace)
         if self._watchdog is not None:
             self._watchdog.cancel()

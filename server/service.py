@@ -12,11 +12,11 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ from server.errors import DeadlineExceeded, Internal, InvalidArgument, NotServin
 from server.inputs import Inputs, Rows, collect, count_bytes, count_images, decode, read_buffer
 from server.observer import Observer
 from server.settings import Settings
-from server.stream import FrameStream, Read, Write, build_blocks, error_block
+from server.stream import LatestOnly, OrderedStream, Reply, Request, build_blocks, error_block, measure_frames
 from server.version import server_version
 
 if TYPE_CHECKING:  # torch is imported by whoever loads the model, when the port is already open
@@ -37,6 +37,9 @@ if TYPE_CHECKING:  # torch is imported by whoever loads the model, when the port
     from server.inference import Classifier, Scores
 
 logger = logging.getLogger(__name__)
+
+Read: TypeAlias = Callable[[], Awaitable[pb.StreamClassifyRequest | None]]
+Write: TypeAlias = Callable[[pb.StreamClassifyResponse], Awaitable[None]]
 
 MODEL_NAME = "mnist"
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["DigitClassifier"].full_name
@@ -79,7 +82,7 @@ class DigitService:
         )
         self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
         self._decoding_bytes = 0  # of the requests that wait for the decoder or are in it
-        self._streams: set[FrameStream] = set()
+        self._streams: set[OrderedStream[Any, Any]] = set()
         self._draining = False
 
     async def __aenter__(self) -> Self:
@@ -145,26 +148,44 @@ class DigitService:
             return build_response(await self._submit(inputs.rows, deadline), request.include_logits)
 
     async def stream_classify(self, read: Read, write: Write, timeout: float | None = None) -> None:
-        """Answer frames in order until `read` returns None; see `FrameStream`."""
+        """Answer frames in order until `read` returns None; see `OrderedStream`."""
         deadline = deadline_after(timeout)
         flow = Flow()  # one for all of its frames, so that many of them do not crowd out other callers
-        stream = FrameStream(
-            lambda request: self._answer_frames(request, deadline, flow),
-            self._settings.stream_window,
-            STREAM_WINDOW_MESSAGES * self._settings.max_message_bytes,
-            self.observer.frames_dropped,
-        )
+
+        async def write_blocks(replies: list[list[pb.FrameBlock]]) -> None:
+            await write(pb.StreamClassifyResponse(blocks=[block for blocks in replies for block in blocks]))
+
         with Observed(self.observer, STREAM_CLASSIFY, deadline), named_errors():
             self.model  # noqa: B018  # raises while there is none
-            if self._draining:
-                raise NotServing("the server is about to stop")
-            self._streams.add(stream)
-            self.observer.stream_opened()
-            try:
-                await stream.run(read, write)
-            finally:
-                self._streams.discard(stream)
-                self.observer.stream_closed()
+            answer = LatestOnly(
+                lambda request: self._answer_frames(request, deadline, flow), self.observer.frames_dropped
+            )
+            await self.run_stream(measure_frames, answer, read, write_blocks)
+
+    async def run_stream(
+        self,
+        measure: Callable[[Request], tuple[int, int]],
+        answer: Callable[[Request], Coroutine[Any, Any, Reply]],
+        read: Callable[[], Awaitable[Request | None]],
+        write: Callable[[list[Reply]], Awaitable[None]],
+    ) -> None:
+        """Run an `OrderedStream` with the window of the settings, which `drain` ends.
+
+        Raises:
+            NotServing: the server is about to stop.
+        """
+        if self._draining:
+            raise NotServing("the server is about to stop")
+        settings = self._settings
+        window_bytes = STREAM_WINDOW_MESSAGES * settings.max_message_bytes
+        stream = OrderedStream(measure, answer, settings.stream_window, window_bytes)
+        self._streams.add(stream)
+        self.observer.stream_opened()
+        try:
+            await stream.run(read, write)
+        finally:
+            self._streams.discard(stream)
+            self.observer.stream_closed()
 
     def get_model(self) -> pb.GetModelResponse:
         """Describe the model."""

@@ -1,6 +1,6 @@
-"""One open stream: frames in, blocks of answers out, in order and within a window.
+"""Open streams: messages in, answers out, in order and within a window; and the blocks of our own contract.
 
-Knows the messages; knows neither how frames are answered nor a transport.
+Knows neither how images are classified nor a transport.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 from server.answers import build_response
@@ -19,38 +19,36 @@ from server.inputs import Inputs, count_bytes, count_images
 if TYPE_CHECKING:
     from server.inference import Scores
 
-AnswerFrames = Callable[[pb.StreamClassifyRequest], Coroutine[Any, Any, list[pb.FrameBlock]]]
-Read = Callable[[], Awaitable[pb.StreamClassifyRequest | None]]
-Write = Callable[[pb.StreamClassifyResponse], Awaitable[None]]
+AnswerFrames: TypeAlias = Callable[[pb.StreamClassifyRequest], Coroutine[Any, Any, list[pb.FrameBlock]]]
+
+Request = TypeVar("Request")
+Reply = TypeVar("Reply")
 
 
-class FrameStream:
+class OrderedStream(Generic[Request, Reply]):
     """One open stream: a reader that runs ahead of a writer by a bounded window.
 
     The reader starts on each message as it comes, so that one stream alone
     fills batches; the writer sends the answers in the order of arrival. While
-    `window` frames, or `window_bytes` of images, are unanswered, the message that
+    `window` rows, or `window_bytes` of images, are unanswered, the message that
     was read last is held back and nothing more is read: the transport's flow
     control holds the sender.
-
-    Once a message asks for the latest frames only, messages are computed one by
-    one, and one whose turn comes when a newer one is there is answered as
-    overtaken.
     """
 
     def __init__(
-        self, answer: AnswerFrames, window: int, window_bytes: int, overtaken: Callable[[int], None] = lambda _: None
+        self,
+        measure: Callable[[Request], tuple[int, int]],
+        answer: Callable[[Request], Coroutine[Any, Any, Reply]],
+        window: int,
+        window_bytes: int,
     ) -> None:
-        """`overtaken` is told how many frames were not computed because newer ones came."""
+        """`measure` gives the rows and the bytes of a message; `answer` is called in the order of arrival."""
+        self._measure = measure
         self._answer = answer
         self._window = window
         self._window_bytes = window_bytes
-        self._overtaken = overtaken
-        self._latest_only = False
-        self._turn = asyncio.Lock()
-        self._messages = 0
         self._complete = False  # the sender has said that nothing more comes, and all is pending
-        self._pending: deque[tuple[int, int, asyncio.Task[list[pb.FrameBlock]]]] = deque()  # with frames and bytes
+        self._pending: deque[tuple[int, int, asyncio.Task[Reply]]] = deque()  # with rows and bytes
         self._unanswered = 0
         self._unanswered_bytes = 0
         self._ended = False  # nothing more will be pending
@@ -63,7 +61,10 @@ class FrameStream:
         self._draining = True
         self._end()
 
-    async def run(self, read: Read, write: Write) -> None:
+    async def run(
+        self, read: Callable[[], Awaitable[Request | None]], write: Callable[[list[Reply]], Awaitable[None]]
+    ) -> None:
+        """Answer messages until `read` gives None; `write` gets the answers that are ready at the same time."""
         reader = asyncio.create_task(self._read(read), name="stream-reader")
         try:
             await self._write(write)
@@ -76,42 +77,31 @@ class FrameStream:
                 task.cancel()
             await asyncio.gather(reader, *(task for *_, task in self._pending), return_exceptions=True)
 
-    async def _read(self, read: Read) -> None:
+    async def _read(self, read: Callable[[], Awaitable[Request | None]]) -> None:
         try:
             while (request := await read()) is not None:
-                count, size = count_images(request.frames), count_bytes(request.frames)
+                rows, size = self._measure(request)
                 # A message larger than the window goes when it is alone.
                 while self._unanswered and (
-                    self._unanswered + count > self._window or self._unanswered_bytes + size > self._window_bytes
+                    self._unanswered + rows > self._window or self._unanswered_bytes + size > self._window_bytes
                 ):
                     self._room.clear()
                     await self._room.wait()
                 if self._draining:
                     return
-                self._messages += 1
-                self._latest_only |= request.latest_only
-                answer = self._answer_latest(request, self._messages) if self._latest_only else self._answer(request)
-                self._pending.append((count, size, asyncio.create_task(answer)))
-                self._unanswered += count
+                self._pending.append((rows, size, asyncio.create_task(self._answer(request))))
+                self._unanswered += rows
                 self._unanswered_bytes += size
                 self._changed.set()
             self._complete = True
         finally:
             self._end()
 
-    async def _answer_latest(self, request: pb.StreamClassifyRequest, number: int) -> list[pb.FrameBlock]:
-        async with self._turn:
-            if number == self._messages:
-                return await self._answer(request)
-        count = count_images(request.frames)
-        self._overtaken(count)
-        return [error_block(request.first_sequence, count, Overtaken("a newer frame came before the turn of this one"))]
-
     def _end(self) -> None:
         self._ended = True
         self._changed.set()
 
-    async def _write(self, write: Write) -> None:
+    async def _write(self, write: Callable[[list[Reply]], Awaitable[None]]) -> None:
         """Send each message's answer when it is ready, with those that are ready behind it."""
         while True:
             while not self._pending:
@@ -120,17 +110,50 @@ class FrameStream:
                 self._changed.clear()
                 await self._changed.wait()
             await self._pending[0][2]
-            response = pb.StreamClassifyResponse()
-            count = size = 0
+            replies = []
+            rows = size = 0
             while self._pending and self._pending[0][2].done():
-                frames, frame_bytes, task = self._pending.popleft()
-                response.blocks.extend(task.result())
-                count += frames
-                size += frame_bytes
-            await write(response)
-            self._unanswered -= count
+                message_rows, message_bytes, task = self._pending.popleft()
+                replies.append(task.result())
+                rows += message_rows
+                size += message_bytes
+            await write(replies)
+            self._unanswered -= rows
             self._unanswered_bytes -= size
             self._room.set()
+
+
+class LatestOnly:
+    """Answers the messages of a stream, one by one once a message asks for the latest frames only.
+
+    One whose turn comes when a newer one is there is then answered as overtaken.
+    """
+
+    def __init__(self, answer: AnswerFrames, overtaken: Callable[[int], None]) -> None:
+        """`overtaken` is told how many frames were not computed because newer ones came."""
+        self._answer = answer
+        self._overtaken = overtaken
+        self._asked_for = False
+        self._turn = asyncio.Lock()
+        self._messages = 0
+
+    def __call__(self, request: pb.StreamClassifyRequest) -> Coroutine[Any, Any, list[pb.FrameBlock]]:
+        self._messages += 1
+        self._asked_for |= request.latest_only
+        return self._in_turn(request, self._messages) if self._asked_for else self._answer(request)
+
+    async def _in_turn(self, request: pb.StreamClassifyRequest, number: int) -> list[pb.FrameBlock]:
+        async with self._turn:
+            if number == self._messages:
+                return await self._answer(request)
+        count = count_images(request.frames)
+        self._overtaken(count)
+        return [error_block(request.first_sequence, count, Overtaken("a newer frame came before the turn of this one"))]
+
+
+def measure_frames(request: pb.StreamClassifyRequest) -> tuple[int, int]:
+    """The frames of a message, and the bytes of their images."""
+    return count_images(request.frames), count_bytes(request.frames)
 
 
 def build_blocks(
