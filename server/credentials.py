@@ -1,0 +1,119 @@
+"""TLS: the server's certificate and the authorities of its clients, read again when their files change.
+
+Each handshake uses what the files hold then, so that certificates are renewed
+without a restart; connections that are open keep the one that they began with.
+"""
+
+from __future__ import annotations
+
+import ssl
+
+import grpc
+
+from server.errors import CannotServe
+from server.secret_files import Contents, WatchedFiles, read_files
+from server.settings import Settings
+
+_UNUSABLE = {
+    "Ed25519": bytes.fromhex("302a300506032b6570032100"),
+    "Ed448": bytes.fromhex("3043300506032b6571033a00"),
+    "P-521": bytes.fromhex("06072a8648ce3d020106052b81040023"),
+}
+"""How a certificate (DER) says of what kind its own public key is."""
+
+
+def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:
+    """What to open a TLS port with; None without `tls_cert`.
+
+    Raises:
+        CannotServe: a file cannot be read or used, or key and certificate do not match.
+    """
+    if not settings.tls_cert:
+        return None
+    files = WatchedFiles(tls_files(settings), lambda contents: _configuration(settings, contents))
+
+    def changed() -> grpc.ServerCertificateConfiguration | None:
+        """Called by gRPC before each handshake, in threads of its own."""
+        return files.value if files.look() else None
+
+    return grpc.dynamic_ssl_server_credentials(
+        files.value,
+        changed,  # type: ignore[arg-type]  # None is for no change, which the stub does not know
+        require_client_authentication=bool(settings.tls_client_ca),
+    )
+
+
+def tls_files(settings: Settings) -> dict[str, str]:
+    """The paths of the settings' PEM files, and what each is."""
+    files = {settings.tls_cert: "certificate chain", settings.tls_key: "private key"}
+    if settings.tls_client_ca:
+        files[settings.tls_client_ca] = "client CA file"
+    return files
+
+
+def _configuration(settings: Settings, contents: Contents) -> grpc.ServerCertificateConfiguration:
+    """The files' contents for gRPC, which itself would take what is broken, and then fail handshakes.
+
+    Raises:
+        CannotServe: the contents cannot be used.
+    """
+    chain, key = contents[settings.tls_cert], contents[settings.tls_key]
+    _check_certificates(chain, f"the certificate chain {settings.tls_cert}")
+    _check_algorithm(chain, settings.tls_cert)
+    _check_pair(settings)
+    roots = None
+    if settings.tls_client_ca:
+        roots = contents[settings.tls_client_ca]
+        _check_certificates(roots, f"the client CA file {settings.tls_client_ca}")
+    # OpenSSL reads paths only, so that what it checked and what was read before are to be the same.
+    if read_files(tls_files(settings)) != contents:
+        raise CannotServe(f"{settings.tls_cert} or {settings.tls_key} changed while they were read")
+    return grpc.ssl_server_certificate_configuration([(key, chain)], roots)
+
+
+def _check_certificates(content: bytes, what: str) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cadata=_text(content))
+    except ssl.SSLError as error:
+        raise CannotServe(f"{what} holds no usable PEM certificates: {_reason(error)}") from error
+    except ValueError as error:  # nothing is there at all
+        raise CannotServe(f"{what} holds no usable PEM certificates: {error}") from error
+
+
+def _check_algorithm(chain: bytes, path: str) -> None:
+    """Refuse keys with which OpenSSL could serve, but gRPC cannot: its handshakes would fail without a reason."""
+    text = _text(chain)
+    begin = text.find(ssl.PEM_HEADER)
+    end = text.find(ssl.PEM_FOOTER, begin)
+    if begin < 0 or end < 0:
+        raise CannotServe(f"the certificate chain {path} does not begin with a PEM CERTIFICATE")
+    certificate = ssl.PEM_cert_to_DER_cert(text[begin : end + len(ssl.PEM_FOOTER)])
+    for name, identifier in _UNUSABLE.items():
+        if identifier in certificate:
+            raise CannotServe(f"the certificate chain {path} is of a {name} key; gRPC serves RSA, P-256 and P-384 ones")
+
+
+def _check_pair(settings: Settings) -> None:
+    def refuse_password() -> str:  # else OpenSSL would ask the terminal
+        raise CannotServe(f"the private key {settings.tls_key} is encrypted; the server takes plain ones only")
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_cert, settings.tls_key, refuse_password)
+    except ssl.SSLError as error:
+        pair = f"the private key {settings.tls_key} and the certificate chain {settings.tls_cert}"
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise CannotServe(f"{pair} do not match") from error
+        if error.reason == "EE_KEY_TOO_SMALL":
+            raise CannotServe(f"{pair} are too short: RSA keys need 2048 bits") from error
+        raise CannotServe(f"the private key {settings.tls_key} is no usable PEM key: {_reason(error)}") from error
+    except OSError as error:  # it was there a moment ago
+        raise CannotServe(f"{settings.tls_cert} or {settings.tls_key} cannot be read: {error.strerror}") from error
+
+
+def _text(content: bytes) -> str:
+    """What PEM is made of; tools write names in other letters above it."""
+    return content.decode("ascii", "ignore")
+
+
+def _reason(error: ssl.SSLError) -> str:
+    return (error.reason or error.strerror or str(error)).lower().replace("_", " ")

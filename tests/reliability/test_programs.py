@@ -1,0 +1,56 @@
+"""The programs themselves: how they are called, and that they notice what they are for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bench.reliability", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+
+
+def test_a_run_ends_with_ok_and_exit_code_0() -> None:
+    ended = run("cancellation", "--calls", "50", "--memory-limit", "0.5")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stdout.splitlines()[-1] == "ok"
+
+
+def test_a_broken_rule_is_named_in_the_last_line_and_gives_exit_code_1() -> None:
+    ended = run("cancellation", "--calls", "50", "--memory-limit", "-1")
+    assert ended.returncode == 1
+    assert ended.stdout.splitlines()[-1].startswith("failed: the server's memory grew")
+
+
+def test_a_wrong_answer_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.reliability.common import BrokenRule, known
+    from protos.mnist.v1 import digit_classifier_pb2 as pb
+
+    answers = known()
+    ((version, logits),) = answers.logits.items()
+    digits = logits.argmax(axis=1)
+    good = pb.ClassifyResponse(
+        digits=digits[:2].tolist(),
+        logits=logits[:2].ravel().tolist(),
+        probabilities=answers.probabilities(version, [0, 1]).ravel().tolist(),
+        receipt=pb.Receipt(model_version=version),
+    )
+    assert answers.check(good, [0, 1]) == version
+    with pytest.raises(BrokenRule, match="digits"):
+        answers.check(good, [1, 0])
+    for field, value in (("digits", (int(digits[0]) + 1) % 10), ("probabilities", 0.5), ("logits", 99.0)):
+        wrong = pb.ClassifyResponse()
+        wrong.CopyFrom(good)
+        getattr(wrong, field)[0] = value
+        with pytest.raises(BrokenRule, match=field):
+            answers.check(wrong, [0, 1])
+    good.receipt.model_version = "0" * 12
+    with pytest.raises(BrokenRule, match="unknown version"):
+        answers.check(good, [0, 1])
