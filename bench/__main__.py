@@ -20,6 +20,7 @@ from bench.scenarios import SCENARIOS, Scenario
 from server.settings import EMBEDDED_WEIGHTS
 
 FORWARD_SECONDS = 0.4
+OURS = ("--port", "0", "--workers", "1", "--weights", EMBEDDED_WEIGHTS, "--log-level", "warning")
 COLUMNS = (("rate", 10), ("p50_us", 9), ("p99_us", 9), ("cpu_us", 8))
 
 
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with (
             server("bench.noop_server") as noop,
-            server("server", ["--port", "0", "--workers", "1", "--weights", EMBEDDED_WEIGHTS, "--log-level", "warning"]) as ours,
+            server("server", OURS) as ours,
             generator() as load,
         ):
             rounds = [

@@ -18,11 +18,11 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NoReturn, TypeVar
 
 import grpc
 import numpy as np
@@ -50,6 +50,9 @@ CHANNEL_OPTIONS: list[tuple[str, str | int]] = [
     ("grpc.use_local_subchannel_pool", 1),  # a channel is a connection of its own
     ("grpc.max_receive_message_length", -1),
 ]
+
+
+T = TypeVar("T")
 
 
 class BrokenRule(Exception):
@@ -336,13 +339,30 @@ def free_port() -> int:
 # Load generators ------------------------------------------------------------
 
 
+class Generators(ProcessPoolExecutor):
+    """Processes that run load generators, and tell what broke there in words: gRPC's errors do not travel."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        return super().submit(_in_words, fn, *args, **kwargs)
+
+
+def _in_words(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    try:
+        return function(*args, **kwargs)
+    except (grpc.RpcError, BaseExceptionGroup) as error:
+        first = first_error(error)
+        if isinstance(first, grpc.RpcError):
+            unexpected(first, f"a call of {function.__module__}.{function.__qualname__}")
+        raise (first if isinstance(first, BrokenRule) else BrokenRule(f"{type(first).__name__}: {first}")) from None
+
+
 @contextmanager
-def processes(count: int) -> Iterator[ProcessPoolExecutor]:
+def processes(count: int) -> Iterator[Generators]:
     """Fresh processes for load generators: `submit` a function of a module.
 
     Spawned, as gRPC does not survive a fork.
     """
-    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with Generators(count, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(abs, range(count)))  # they are up
         yield pool
 

@@ -58,11 +58,23 @@ class Flood:
     """Calls answered while the flood lasted."""
 
 
-def run(report: Report, *, seconds: float = 10.0) -> None:
-    """Measure capacity, then overload, for `seconds` each and each kind of call."""
+@dataclass
+class Checks:
+    """Of health, while all this went on."""
+
+    latencies: list[float] = field(default_factory=list)
+    """Seconds, of those that were answered."""
+    refused: int = 0
+    reason: str = ""
+
+
+def run(report: Report, *, seconds: float = 10.0, images: int = 0) -> None:
+    """Measure capacity, then overload, for `seconds` each and each kind of call; or for calls of so many images."""
     answers = known()
     with serving() as server, processes(GENERATORS + 1) as pool:
         for name, (count, callers) in LOADS.items():
+            if images not in (0, count):
+                continue
             tasks = [pool.submit(capacity, server.target, answers, count, callers, seconds) for _ in range(GENERATORS)]
             rate = sum(task.result() for task in tasks)
             per_generator = OVERLOAD * rate / GENERATORS
@@ -77,7 +89,9 @@ def run(report: Report, *, seconds: float = 10.0) -> None:
             refused = Latencies([latency for one in floods for latency in one.refused])
             behind = Latencies([latency for one in floods for latency in one.behind])
             goodput = sum(one.in_time for one in floods) / seconds
-            healthy = Latencies(checks.result())
+            healthy = Latencies(checks.result().latencies)
+            refused_checks, reason = checks.result().refused, checks.result().reason
+            report.require(refused_checks == 0, f"{name}: {refused_checks} health checks failed: {reason}")
             report.row(f"{name}: capacity", f"{rate:,.0f} calls/s")
             report.row(
                 f"  sent at {OVERLOAD:g} times that: accepted / refused",
@@ -174,9 +188,9 @@ def _check_refusal(error: grpc.RpcError) -> None:
         raise BrokenRule("a refusal has no RetryInfo")
 
 
-def health(target: str, begin: float, seconds: float) -> list[float]:
-    """Ask for health all the while, on a connection of its own; return how long each answer took."""
-    latencies = []
+def health(target: str, begin: float, seconds: float) -> Checks:
+    """Ask for health all the while, on a connection of its own."""
+    checks = Checks()
     with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
         check = channel.unary_unary(
             "/grpc.health.v1.Health/Check",
@@ -184,10 +198,16 @@ def health(target: str, begin: float, seconds: float) -> list[float]:
             health_pb2.HealthCheckResponse.FromString,
         )
         while (start := time.monotonic()) < begin + seconds:
-            response = check(health_pb2.HealthCheckRequest(), timeout=HANG_SECONDS)
+            try:
+                response = check(health_pb2.HealthCheckRequest(), timeout=HANG_SECONDS)
+            except grpc.RpcError as error:
+                checks.refused += 1
+                checks.reason = f"{error.code().name}: {error.details()}"
+                time.sleep(HEALTH_INTERVAL)
+                continue
             if start >= begin:
-                latencies.append(time.monotonic() - start)
+                checks.latencies.append(time.monotonic() - start)
             if response.status != health_pb2.HealthCheckResponse.SERVING:
                 raise BrokenRule("health says NOT_SERVING of a server that is merely busy")
             time.sleep(HEALTH_INTERVAL)
-    return latencies
+    return checks

@@ -11,7 +11,6 @@ import random
 import signal
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import grpc
@@ -23,6 +22,7 @@ from bench.reliability.common import (
     HANG_SECONDS,
     STREAMS_GAUGE,
     BrokenRule,
+    Generators,
     Known,
     Latencies,
     Report,
@@ -149,7 +149,7 @@ async def _order(target: str, answers: Known, frames: int) -> tuple[int, int]:
 
 
 def _never_reading(
-    report: Report, server: Server, pool: ProcessPoolExecutor, answers: Known, seconds: float, memory_limit: float
+    report: Report, server: Server, pool: Generators, answers: Known, seconds: float, memory_limit: float
 ) -> None:
     before = server.rss_mb()
     attack = pool.submit(never_read, server.target, answers, NEVER_READING, seconds)
@@ -201,9 +201,7 @@ async def _never_read(target: str, answers: Known, clients: int, seconds: float)
 # Greed ------------------------------------------------------------------------
 
 
-def _greedy(
-    report: Report, server: Server, pool: ProcessPoolExecutor, answers: Known, seconds: float, rounds: int
-) -> None:
+def _greedy(report: Report, server: Server, pool: Generators, answers: Known, seconds: float, rounds: int) -> None:
     alone: list[Latencies] = []
     beside: list[Latencies] = []
     rates: dict[bool, list[float]] = {False: [], True: []}
@@ -296,7 +294,7 @@ async def _flood(target: str, answers: Known, seconds: float) -> float:
 LEAVES = ("cancels", "closes its channel", "half-closes and leaves", "is killed")
 
 
-def _leaving(report: Report, server: Server, pool: ProcessPoolExecutor, answers: Known, leave: str) -> None:
+def _leaving(report: Report, server: Server, pool: Generators, answers: Known, leave: str) -> None:
     """A client leaves in the middle of ten streams: how long the server takes to notice."""
     if leave == "is killed":
         with processes(1) as doomed:

@@ -24,7 +24,7 @@ def test_calls_cancelled_at_random_moments_harm_no_others_and_leave_nothing_behi
 def test_three_times_the_load_is_refused_with_a_hint_and_health_answers_all_the_while(
     broken_rules: BrokenRules,
 ) -> None:
-    assert broken_rules("overload", seconds=1.0) == []
+    assert broken_rules("overload", seconds=1.0, images=256) == []
 
 
 def test_streams_that_are_never_read_left_early_or_greedy_harm_no_others(broken_rules: BrokenRules) -> None:

@@ -45,7 +45,7 @@ def write_variant(path: Path, seed: int) -> str:
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in checkpoint.network.parameters():
-            parameter += 1e-4 * torch.randn_like(parameter)
+            parameter.add_(torch.randn_like(parameter), alpha=1e-4)
     return save_checkpoint(path, checkpoint.network, checkpoint.manifest)[:12]
 
 
