@@ -44,6 +44,7 @@ CHUNKS_IN_FLIGHT = 4
 STREAM_WINDOW = 256  # frames whose results were not yet taken
 PACKED_FRAMES = 64  # in one message of a stream
 RETRY_BUFFER_BYTES = 4 * 1024 * 1024  # what a full chunk needs; gRPC retries nothing longer than this
+INITIAL_RECONNECT_BACKOFF_MS = 100  # gRPC's own second would outlast a call's retries
 MAX_RECONNECT_BACKOFF_MS = 5_000  # a server that comes back is found within about this time
 
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
@@ -104,6 +105,7 @@ def channel_options(target: str) -> list[tuple[str, str | int]]:
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.max_receive_message_length", -1),
+        ("grpc.initial_reconnect_backoff_ms", INITIAL_RECONNECT_BACKOFF_MS),
         ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_BACKOFF_MS),
         ("grpc.per_rpc_retry_buffer_size", RETRY_BUFFER_BYTES),
     ]

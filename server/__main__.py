@@ -1,6 +1,6 @@
 """`python -m server` is `mnist-grpc-server`."""
 
-from server.cli import main
+from server.cli import script
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    script()

@@ -12,17 +12,21 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-SERVICES = ("grpc.health.v1.Health", reflection.SERVICE_NAME)
+from server.errors import ServiceError
+from server.servicer import message, reader, refuse
+
+HEALTH_NAME = "grpc.health.v1.Health"
+SERVICES = (HEALTH_NAME, reflection.SERVICE_NAME)
 
 # Untyped, as types-grpcio-reflection has its async generator as a coroutine.
 _ReflectionServicer: Any = reflection.aio.ReflectionServicer
-_add_reflection: Any = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
-Message = TypeVar("Message")
+M = TypeVar("M", bound=Message)
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):
@@ -52,13 +56,17 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
-    async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> health_pb2.HealthCheckResponse:
+    async def Check(
+        self, request: health_pb2.HealthCheckRequest | ServiceError, context: Context
+    ) -> health_pb2.HealthCheckResponse:
+        request = await _sound(request, context)
         if request.service not in self._names:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no service {request.service!r} is here")
         return self._response(request)
 
     # grpc.aio also takes a coroutine that writes to the context; the stub's type knows generators only.
-    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
+    async def Watch(self, request: health_pb2.HealthCheckRequest | ServiceError, context: Context) -> None:
+        request = await _sound(request, context)
         told = None
         while True:
             changed = self._changed
@@ -89,11 +97,12 @@ class ReflectionServicer(_ReflectionServicer):  # type: ignore[misc]
         self._ended.set()
 
     async def ServerReflectionInfo(self, request_iterator: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
-        async for response in super().ServerReflectionInfo(_until(self._ended, request_iterator), context):
+        requests = _all_sound(_until(self._ended, request_iterator), context)
+        async for response in super().ServerReflectionInfo(requests, context):
             yield response
 
 
-async def _until(ended: asyncio.Event, messages: AsyncIterator[Message]) -> AsyncIterator[Message]:
+async def _until(ended: asyncio.Event, messages: AsyncIterator[M]) -> AsyncIterator[M]:
     """The messages, up to the last one before `ended`."""
     end = asyncio.ensure_future(ended.wait())
     try:
@@ -110,6 +119,36 @@ async def _until(ended: asyncio.Event, messages: AsyncIterator[Message]) -> Asyn
         end.cancel()
 
 
+async def _sound(request: M | ServiceError, context: Context) -> M:
+    """The message; or end the call, as the bytes were none."""
+    try:
+        return message(request)
+    except ServiceError as error:
+        await refuse(context, error)
+
+
+async def _all_sound(requests: AsyncIterator[M | ServiceError], context: Context) -> AsyncIterator[M]:
+    async for request in requests:
+        yield await _sound(request, context)
+
+
 def add_to_server(health: HealthServicer, reflection_: ReflectionServicer, server: grpc.aio.Server) -> None:
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    _add_reflection(reflection_, server)
+    """Register the methods; not by the generated functions, for the reason that `servicer.add_to_server` has."""
+    check, response = reader(health_pb2.HealthCheckRequest), health_pb2.HealthCheckResponse.SerializeToString
+    methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Check": grpc.unary_unary_rpc_method_handler(health.Check, check, response),
+        "Watch": grpc.unary_stream_rpc_method_handler(health.Watch, check, response),
+    }
+    streams: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "ServerReflectionInfo": grpc.stream_stream_rpc_method_handler(
+            reflection_.ServerReflectionInfo,
+            reader(reflection_pb2.ServerReflectionRequest),
+            reflection_pb2.ServerReflectionResponse.SerializeToString,
+        )
+    }
+    server.add_generic_rpc_handlers(
+        (
+            grpc.method_handlers_generic_handler(HEALTH_NAME, methods),
+            grpc.method_handlers_generic_handler(reflection.SERVICE_NAME, streams),
+        )
+    )

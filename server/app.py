@@ -34,6 +34,10 @@ _TRANSPORT_MARGIN = 2
 """gRPC itself refuses messages longer than this times `max_message_bytes`, with
 RESOURCE_EXHAUSTED; up to there the service refuses them with INVALID_ARGUMENT."""
 
+_STOP_LOOK_SECONDS, _STOP_QUIET_SECONDS = 0.02, 0.1
+"""How often a stop looks whether calls are open, and after how long without any it ends the connections: what was
+accepted has reached its handler by then, and what was answered has been sent."""
+
 _LOOKS_PER_LIMIT = 4
 """How often the watchdog looks at the engine in the time after which it calls it stuck."""
 
@@ -162,10 +166,22 @@ class DigitServer:
         self._health.end()
         self._reflection.end()
         self._service.drain()
-        await self._server.stop(self._settings.grace if grace is None else grace)
+        await self._stop_transport(self._settings.grace if grace is None else grace)
         if self._watchdog is not None:
             self._watchdog.cancel()
         await self._service.close()
+
+    async def _stop_transport(self, grace: float) -> None:
+        """Let accepted calls finish; a connection alone, whose client does not answer, is not waited for."""
+        stopping = asyncio.create_task(self._server.stop(grace))
+        quiet_since = time.monotonic()
+        while not stopping.done():
+            await asyncio.wait((stopping,), timeout=_STOP_LOOK_SECONDS)
+            if self._service.open_calls:
+                quiet_since = time.monotonic()
+            elif time.monotonic() - quiet_since > _STOP_QUIET_SECONDS:
+                await self._server.stop(0)
+        await stopping
 
     async def cut_short(self) -> None:
         """End a `stop` that is under way without waiting for the calls that go on."""

@@ -26,7 +26,7 @@ OPEN_PREFIX = "/grpc.health.v1.Health/"
 
 MIN_TOKEN_CHARACTERS = 16
 MAX_TOKENS = 1000
-"""Each call is compared with all of them, which takes about a third of a microsecond a token."""
+"""Each call is compared with all of them, which takes some 50 µs for as many as this, and 1.5 µs for a few."""
 
 LOOK_SECONDS = 1.0
 """How long a change of the file may go unnoticed."""

@@ -6,8 +6,8 @@ and so is a result. Knows neither gRPC nor torch nor NumPy, only asyncio.
 The rules, each with a test of its own in `tests/server/test_batching.py`:
 
 - Work-conserving: a free engine takes all that waits, up to `max_batch_size`
-  rows, and waits for no clock. A lone item runs at once. After a batch of
-  several, the event loop first takes in what has already reached the process.
+  rows, and waits for no clock. A lone item runs at once. Only where many items
+  come together does a batch wait for as many as the last one had.
 - Fair: every request, and every stream, is a flow of its own, and flows share
   the engine by rows. The hundredth part of a bulk request waits for a single
   image that came later, and never the other way round for long.
@@ -39,12 +39,23 @@ from server.observer import Observer
 
 logger = logging.getLogger(__name__)
 
-TURNS_PER_ITEM, MAX_QUIET_TURNS, MAX_TURNS = 4, 32, 128
-"""How long a batch gathers, in turns of the event loop: until so many for each item of the last batch, at most so many,
-brought no new item, and never longer than so many (docs/design.md has the figures)."""
+ENOUGH_ITEMS = 16
+"""So many gathered items are worth no more waiting: larger batches make an image hardly cheaper."""
+
+FEW_ITEMS = 8
+"""Batches that gather fewer are not worth waiting for either: such callers are computed as they come."""
+
+QUIET_SECONDS = 0.002
+"""After so long without a new item, none is on its way."""
+
+LOOK_EVERY = 32
+"""One in so many batches gathers without knowing whether it pays (docs/design.md has the figures)."""
 
 PAUSE_SECONDS = 0.01
 """Items that come after a longer pause come alone, until a batch shows otherwise."""
+
+ROUND_TRIP_SECONDS = 0.00015
+"""An item that comes sooner than this after the last answer is not from the caller who got that: there are several."""
 
 Item = TypeVar("Item", bound=Sized)
 Result = TypeVar("Result", bound=Sized)
@@ -155,8 +166,11 @@ class DynamicBatcher(Generic[Item, Result]):
         self._numbers = itertools.count()
         self._now = 0.0  # virtual time: rows that each of the flows in the queue has been given
         self._queued_rows = 0
-        self._last_items = 1  # of the last batch
-        self._ran_now = False  # in this turn of the loop
+        self._expected = 1  # items that the next batch waits for; with 1, it takes what is there
+        self._since_look = 0  # batches
+        self._wake_at = 1  # items; what waits for items is woken by no fewer
+        self._hurried = False
+        self._ended = 0.0  # when the last batch was computed
         self._busy_since: float | None = None
         self._seconds_per_row = 0.0  # of recent batches
         self._closed = False
@@ -192,11 +206,12 @@ class DynamicBatcher(Generic[Item, Result]):
     def hurry(self) -> None:
         """Open no more windows, and close the one that is open."""
         self._max_wait_seconds = 0
+        self._hurried = True
         self._arrived.set()
 
     async def close(self) -> None:
         """Refuse new items, finish those that wait, then end."""
-        self._closed = True
+        self._closed = self._hurried = True
         self._arrived.set()
         if self._task is not None:
             await asyncio.shield(self._task)  # who waits here may be cancelled, the callers' answers not
@@ -212,32 +227,24 @@ class DynamicBatcher(Generic[Item, Result]):
             Exception: what `run_batch` raised.
         """
         rows = len(item)
-        if (
-            rows > min(self._inline_size, self._max_batch_size)
-            or self._max_wait_seconds
-            or self._closed
-            or self._task is None
-        ):
+        if rows > min(self._inline_size, self._max_batch_size) or self._max_wait_seconds or self._closed:
             return None
-        if self._entries or self._busy_since is not None or self._last_items > 1:
+        if self._entries or self._busy_since is not None or self._task is None or self._expected > 1:
             return None
-        if self._ran_now:  # two in one turn of the loop: they have company
-            self._last_items = 2
-            return None
-        self._ran_now = True
-        asyncio.get_running_loop().call_soon(self._turned)
+        if self._since_look >= LOOK_EVERY and time.monotonic() - self._ended < ROUND_TRIP_SECONDS:
+            return None  # that was another caller: see how many there are
+        self._since_look += 1
         token = self._observer.queued(rows)
         try:
             (result,), compute_seconds = self._run_timed([item])
+            _check_rows([item], [result])
         except Exception:
             self._observer.batch_ended(rows, [token], [0.0], 0.0, failed=True)
             raise
-        _check_rows([item], [result])
+        finally:
+            self._ended = time.monotonic()
         self._observer.batch_ended(rows, [token], [0.0], compute_seconds, failed=False)
         return Answer(result, rows, 0.0, compute_seconds)
-
-    def _turned(self) -> None:
-        self._ran_now = False
 
     def enqueue(
         self, items: Sequence[Item], *, deadline: float | None = None, flow: Flow | None = None
@@ -283,7 +290,8 @@ class DynamicBatcher(Generic[Item, Result]):
         self._entries += len(items)
         self._queued_rows += rows
         self._observer.queue_changed(self._queued_rows)
-        self._arrived.set()
+        if self._entries >= self._wake_at or self._queued_rows >= self._max_batch_size:
+            self._arrived.set()
         return futures
 
     async def submit(self, item: Item, *, deadline: float | None = None, flow: Flow | None = None) -> Answer[Result]:
@@ -322,7 +330,7 @@ class DynamicBatcher(Generic[Item, Result]):
             await self._keep_window_open()
             batch = self._cut()
             if batch:
-                self._last_items = len(batch)
+                self._expected = len(batch) if len(batch) >= FEW_ITEMS else 1
                 await self._answer(batch)
                 # Let the callers take their answers before the next batch is cut.
                 await asyncio.sleep(0)
@@ -333,26 +341,33 @@ class DynamicBatcher(Generic[Item, Result]):
         idle_since = time.monotonic()
         await self._arrived.wait()
         if time.monotonic() - idle_since > PAUSE_SECONDS:
-            self._last_items = 1
+            self._expected = 1
 
     async def _take_in_arrivals(self) -> None:
-        """While items come together, let the loop turn until no more come.
+        """Where items come together, wait until enough are here, or no more come.
 
-        Calls that have reached the process need a few turns of the event loop
-        to get here, and those turns have to be made anyway: before the batch
-        they make it larger, after it they make another one.
+        In Python the engine is hardly ever busy: a call costs the event loop
+        several times what its image costs the network, so that calls would be
+        computed one by one however many there are.
         """
-        if self._last_items == 1:
+        self._since_look += 1
+        expected = min(self._expected, ENOUGH_ITEMS)
+        if self._since_look > LOOK_EVERY and self._inline_size:
+            self._since_look = 0
+            expected = ENOUGH_ITEMS
+        if expected == 1:
             return
-        quiet_turns = 0
-        for _ in range(MAX_TURNS):
-            before = self._queued_rows
-            if before >= self._max_batch_size:
-                return
-            await asyncio.sleep(0)
-            quiet_turns = 0 if self._queued_rows > before else quiet_turns + 1
-            if quiet_turns >= min(TURNS_PER_ITEM * self._last_items, MAX_QUIET_TURNS):
-                return
+        loop = asyncio.get_running_loop()
+        self._wake_at = expected
+        while self._entries < expected and self._queued_rows < self._max_batch_size and not self._hurried:
+            before = self._entries
+            self._arrived.clear()
+            timer = loop.call_later(QUIET_SECONDS, self._arrived.set)
+            await self._arrived.wait()
+            timer.cancel()
+            if self._entries <= before:
+                break
+        self._wake_at = 1
 
     async def _keep_window_open(self) -> None:
         """Wait until the first item is `max_wait_ms` old, an item has half of its time left, or the batch is full."""
@@ -426,6 +441,7 @@ class DynamicBatcher(Generic[Item, Result]):
             return
         finally:
             self._busy_since = None
+            self._ended = time.monotonic()
         self._seconds_per_row += (compute_seconds / rows - self._seconds_per_row) / 8
         self._observer.batch_ended(rows, tokens, waited, compute_seconds, failed=False)
         for entry, result, seconds in zip(batch, results, waited, strict=True):

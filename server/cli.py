@@ -9,8 +9,9 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import NoReturn
 
-from server import logs
+from server import exposure, logs
 from server.cpus import usable_cpus
 from server.errors import CannotServe, not_installed
 from server.loop import run
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InvalidSetting as error:
         print(f"mnist-grpc-server: {error}", file=sys.stderr)
         return 2
+    # gRPC would copy what strangers send in a GOAWAY frame into the log, line breaks and all.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     for number in (signal.SIGTERM, signal.SIGINT):  # until the event loop takes them over
         signal.signal(number, lambda *_: sys.exit(0))
     logs.configure(settings)
@@ -37,6 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def script() -> NoReturn:
+    """`main` as a program: ends when the work is done, as taking torch apart would take longer than to stop."""
+    code = main()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _serve(settings: Settings) -> None:
     """Serve in this process, or have several workers serve, until told to stop.
 
@@ -47,6 +59,8 @@ def _serve(settings: Settings) -> None:
     workers = settings.workers or (usable_cpus() if sys.platform == "linux" else 1)
     # Of NumPy's products, as of torch's: the threads of a product would wait for cores that others work on.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    for warning in exposure.warnings(settings):
+        logging.getLogger(__name__).warning("%s", warning)
     try:
         if workers > 1:
             from server.supervisor import supervise
@@ -61,4 +75,4 @@ def _serve(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    script()

@@ -22,6 +22,10 @@ _UNUSABLE = {
 """How a certificate (DER) says of what kind its own public key is."""
 
 
+_MISMATCHES = {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"}
+"""OpenSSL's words for a key that is not the certificate's; the last one when it is of another kind."""
+
+
 def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:
     """What to open a TLS port with; None without `tls_cert`.
 
@@ -101,7 +105,7 @@ def _check_pair(settings: Settings) -> None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_cert, settings.tls_key, refuse_password)
     except ssl.SSLError as error:
         pair = f"the private key {settings.tls_key} and the certificate chain {settings.tls_cert}"
-        if error.reason == "KEY_VALUES_MISMATCH":
+        if error.reason in _MISMATCHES:
             raise CannotServe(f"{pair} do not match") from error
         if error.reason == "EE_KEY_TOO_SMALL":
             raise CannotServe(f"{pair} are too short: RSA keys need 2048 bits") from error

@@ -9,7 +9,6 @@ import signal
 from collections.abc import Coroutine
 from typing import Any
 
-from server import exposure
 from server.app import DigitServer
 from server.deployment import Deployment
 from server.errors import CannotServe
@@ -35,8 +34,6 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     loop.add_signal_handler(signal.SIGHUP, told_to_reload.set)
-    for warning in exposure.warnings(settings):
-        logger.warning("%s", warning)
     with Instruments(settings) as instruments:
         deployment = Deployment(settings.weights, lambda snapshot: server.deploy(snapshot), instruments.observer)
         try:

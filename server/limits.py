@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from server.settings import Settings
 
-MAX_STREAMS = 1024
+MAX_STREAMS = 128
 """Open calls of one connection; a gRPC client holds further ones back until one ends.
 
-A connection may then claim at most an eighth of the default queue, while 64
-callers, with which the server is near its full throughput, are far below it.
+A call costs the event loop about half a millisecond, and they are taken in one
+by one. So a client that sends more than the server can do has its calls wait on
+its own side, where their deadlines are, and not before the health checks of
+others. 64 callers, with which the server is near its full throughput, are below.
 """
+
+MAX_PENDING_CALLS = 1_000_000
+"""Calls that have come and not been taken in; over its own limit of 1,000 gRPC ends some without a hint to retry."""
 
 MAX_METADATA_BYTES = 16 * 1024
 """All headers of a call. Ours are a few hundred bytes; this is room for traces and a long token."""
@@ -40,6 +45,8 @@ def connection_options(settings: Settings) -> list[tuple[str, int]]:
     """gRPC's options that limit connections."""
     options = [
         ("grpc.max_concurrent_streams", MAX_STREAMS),
+        ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
         # Both, as between the first and the second gRPC refuses by chance.
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),

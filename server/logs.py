@@ -53,6 +53,18 @@ def configure(settings: Settings, *, worker: int | None = None) -> None:
     logging.basicConfig(level=max(level, logging.INFO), handlers=[handler], force=True)
     for name in OURS:
         logging.getLogger(name).setLevel(level)
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_not_of_a_header)
+    logging.getLogger("py.warnings").addFilter(_is_not_of_a_picture)
+
+
+def _is_not_of_a_header(record: logging.LogRecord) -> bool:
+    """gRPC writes a traceback for each header value that is no UTF-8, and goes on; callers could fill the disk."""
+    return not str(record.msg).startswith("Invalid encoding on")
+
+
+def _is_not_of_a_picture(record: logging.LogRecord) -> bool:
+    """Pillow warns of what is odd in a picture; what counts is told to the caller."""
+    return "/PIL/" not in record.getMessage()
 
 
 def make_handler(settings: Settings, stream: TextIO, *, worker: int | None = None) -> logging.Handler:

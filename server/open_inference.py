@@ -187,7 +187,7 @@ class OpenInference:
     # Steps --------------------------------------------------------------------
 
     def _observed(self, method: str, deadline: float | None = None) -> Observed:
-        return Observed(self._service.observer, f"{SERVICE_NAME}/{method}", deadline)
+        return Observed(self._service, f"{SERVICE_NAME}/{method}", deadline)
 
     def _model(self, name: str, version: str) -> Classifier:
         """The model of this name and version, where an empty version is any.

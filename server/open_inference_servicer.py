@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from protos.inference import grpc_inference_service_pb2 as pb
 from server.errors import ServiceError
 from server.open_inference import SERVICE_NAME, OpenInference
-from server.servicer import Context, logged, message, reader, refuse
+from server.servicer import Context, logged, message, reader, refuse, writer
 
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
@@ -38,7 +38,7 @@ class OpenInferenceServicer:
             return None if request is grpc.aio.EOF else message(request)
 
         try:
-            await self.service.model_stream_infer(read, context.write, context.time_remaining())
+            await self.service.model_stream_infer(read, writer(context), context.time_remaining())
         except ServiceError as error:
             await refuse(context, error)
 

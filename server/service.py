@@ -71,6 +71,8 @@ class DigitService:
     def __init__(self, settings: Settings, observer: Observer | None = None) -> None:
         self._settings = settings
         self.observer = observer or Observer()
+        self.open_calls = 0
+        """Calls and streams that are not ended yet."""
         self._classifier: Classifier | None = None
         self._batcher: DynamicBatcher[Rows, Scores] = DynamicBatcher(
             self._run_batch,
@@ -141,7 +143,7 @@ class DigitService:
         `timeout` is what is left of the caller's deadline, in seconds.
         """
         deadline = deadline_after(timeout)
-        with Observed(self.observer, CLASSIFY, deadline), named_errors():
+        with Observed(self, CLASSIFY, deadline), named_errors():
             inputs = await self._read(request, deadline)
             if inputs.errors:
                 raise inputs.errors[min(inputs.errors)]
@@ -155,7 +157,7 @@ class DigitService:
         async def write_blocks(replies: list[list[pb.FrameBlock]]) -> None:
             await write(pb.StreamClassifyResponse(blocks=[block for blocks in replies for block in blocks]))
 
-        with Observed(self.observer, STREAM_CLASSIFY, deadline), named_errors():
+        with Observed(self, STREAM_CLASSIFY, deadline), named_errors():
             self.model  # noqa: B018  # raises while there is none
             answer = LatestOnly(
                 lambda request: self._answer_frames(request, deadline, flow), self.observer.frames_dropped
@@ -189,7 +191,7 @@ class DigitService:
 
     def get_model(self) -> pb.GetModelResponse:
         """Describe the model."""
-        with Observed(self.observer, GET_MODEL), named_errors():
+        with Observed(self, GET_MODEL), named_errors():
             return self._describe(self.model.checkpoint)
 
     async def compute(
@@ -310,17 +312,18 @@ class DigitService:
 
 
 class Observed:
-    """Tells an observer how a call ended and how long it took, in a `with`."""
+    """Counts a call as open, and tells the observer how it ended and how long it took, in a `with`."""
 
-    __slots__ = ("_deadline", "_method", "_observer", "_start")
+    __slots__ = ("_deadline", "_method", "_service", "_start")
 
-    def __init__(self, observer: Observer, method: str, deadline: float | None = None) -> None:
+    def __init__(self, service: DigitService, method: str, deadline: float | None = None) -> None:
         """`method` is `package.Service/Method`; `deadline` is a time of the event loop's clock."""
-        self._observer = observer
+        self._service = service
         self._method = method
         self._deadline = deadline
 
     def __enter__(self) -> None:
+        self._service.open_calls += 1
         self._start = time.perf_counter()
 
     def __exit__(
@@ -334,7 +337,8 @@ class Observed:
             code = "DEADLINE_EXCEEDED"
         else:
             code = "CANCELLED"  # whatever else would be a fault is a ServiceError by now
-        self._observer.call_ended(self._method, code, time.perf_counter() - self._start)
+        self._service.open_calls -= 1
+        self._service.observer.call_ended(self._method, code, time.perf_counter() - self._start)
 
 
 def deadline_after(timeout: float | None) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -43,7 +44,7 @@ class DigitClassifierServicer:
             return None if request is grpc.aio.EOF else message(request)
 
         try:
-            await self._service.stream_classify(read, context.write, context.time_remaining())
+            await self._service.stream_classify(read, writer(context), context.time_remaining())
         except ServiceError as error:
             await refuse(context, error)
 
@@ -88,6 +89,18 @@ def reader(kind: type[M]) -> Callable[[bytes], M | ServiceError]:
             return InvalidArgument("request", f"a request is a {name} message, these {len(content)} bytes are none")
 
     return read
+
+
+def writer(context: Context) -> Callable[[Any], Awaitable[None]]:
+    """The context's `write`; to a caller who has just left, it ends the call as its cancellation is about to."""
+
+    async def write(response: Any) -> None:
+        try:
+            await context.write(response)
+        except grpc.aio.InternalError as error:  # gRPC could not send; the handler is cancelled a moment later
+            raise asyncio.CancelledError from error
+
+    return write
 
 
 def message(request: M | ServiceError) -> M:

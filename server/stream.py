@@ -6,6 +6,7 @@ Knows neither how images are classified nor a transport.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
@@ -123,6 +124,13 @@ class OrderedStream(Generic[Request, Reply]):
             self._room.set()
 
 
+LOOK_TURNS = 32
+"""For how many turns of the event loop a stream of the latest frames only looks for newer ones."""
+
+OVERDUE_SECONDS = 0.1
+"""After so long without an answer it no longer looks."""
+
+
 class LatestOnly:
     """Answers the messages of a stream, one by one once a message asks for the latest frames only.
 
@@ -136,16 +144,35 @@ class LatestOnly:
         self._asked_for = False
         self._turn = asyncio.Lock()
         self._messages = 0
+        self._answered_at = time.monotonic()
 
     def __call__(self, request: pb.StreamClassifyRequest) -> Coroutine[Any, Any, list[pb.FrameBlock]]:
         self._messages += 1
         self._asked_for |= request.latest_only
         return self._in_turn(request, self._messages) if self._asked_for else self._answer(request)
 
+    async def _is_latest(self, number: int) -> bool:
+        """Whether no newer message is there, also not one that the process has received and not yet read.
+
+        Reading takes turns of the event loop, in which a small batch is computed
+        too: without them, each message would be the newest one when its turn
+        comes, however many wait behind it. A flood, which always has a newer
+        one, gets an answer now and then nevertheless.
+        """
+        if time.monotonic() - self._answered_at < OVERDUE_SECONDS:
+            for _ in range(LOOK_TURNS):
+                if number != self._messages:
+                    return False
+                await asyncio.sleep(0)
+        return number == self._messages
+
     async def _in_turn(self, request: pb.StreamClassifyRequest, number: int) -> list[pb.FrameBlock]:
         async with self._turn:
-            if number == self._messages:
-                return await self._answer(request)
+            if await self._is_latest(number):
+                try:
+                    return await self._answer(request)
+                finally:
+                    self._answered_at = time.monotonic()
         count = count_images(request.frames)
         self._overtaken(count)
         return [error_block(request.first_sequence, count, Overtaken("a newer frame came before the turn of this one"))]

@@ -136,7 +136,7 @@ class Hostile:
             lambda: b"GET / HTTP/1.1\r\nHost: digits\r\n\r\n",
             lambda: PREFACE[: random_.randrange(len(PREFACE))],
             lambda: PREFACE + random_.randbytes(random_.choice([9, 100, 3_000])),
-            lambda: PREFACE + _frame(4, 0, 0, b"") + _frame(7, 0, 0, bytes(8) + f"\n{FORGED}\n".encode()),
+            lambda: PREFACE + _frame(4, 0, 0, b"") + _frame(7, 0, 0, bytes(7) + b"\x07" + f"\n{FORGED}\n".encode()),
             lambda: PREFACE + self._frames(random_.choice([1, 5, 50])),
             lambda: PREFACE + _frame(4, 0, 0, b"") + self._frames(random_.choice([1, 5, 50])),
             lambda: self.mutated(PREFACE + _frame(4, 0, 0, b"") + self._frames(5)),

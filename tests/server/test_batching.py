@@ -13,7 +13,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.batching import Answer, DeadlineExpired, DynamicBatcher, Flow, QueueClosed, QueueFull
+import server.batching
+from server.batching import (
+    ENOUGH_ITEMS,
+    LOOK_EVERY,
+    QUIET_SECONDS,
+    Answer,
+    DeadlineExpired,
+    DynamicBatcher,
+    Flow,
+    QueueClosed,
+    QueueFull,
+)
 from server.observer import Observer
 
 Block = list[int]
@@ -330,17 +341,29 @@ async def test_what_is_not_alone_is_to_be_enqueued() -> None:
     assert batcher.run_now([1]) is None, "closed"
 
 
-async def test_two_items_in_one_turn_of_the_loop_are_company_and_then_come_together() -> None:
+async def test_items_that_come_sooner_than_one_caller_could_are_put_together_after_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server.batching, "ROUND_TRIP_SECONDS", 1000.0)  # on any machine
     engine = Engine()
 
-    async with batcher_of(engine, inline_size=8) as batcher:
+    async with batcher_of(engine, max_batch_size=16, inline_size=16) as batcher:
 
         async def caller(value: int) -> None:
             if batcher.run_now([value]) is None:
                 await batcher.submit([value])
 
-        await asyncio.gather(*(caller(value) for value in range(8)))
-    assert engine.rows == [[1], [1] * 7]
+        await asyncio.gather(*(caller(value) for value in range(LOOK_EVERY + 8)))
+        assert engine.rows == [[1]] * LOOK_EVERY + [[1] * 8]
+        assert batcher.run_now([1]) is None, "the next ones are waited for, too"
+
+
+async def test_a_caller_who_takes_its_time_is_never_put_together_with_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.batching, "ROUND_TRIP_SECONDS", 0.0)
+    engine = Engine()
+    async with batcher_of(engine, inline_size=8) as batcher:
+        for _ in range(3 * LOOK_EVERY):
+            assert batcher.run_now([1]) is not None
 
 
 async def test_a_failure_on_the_spot_is_the_callers_own() -> None:
@@ -576,21 +599,34 @@ async def test_a_failed_batch_that_nobody_waits_for_any_more_is_logged(caplog: p
 
 
 @pytest.mark.parametrize(
-    ("together", "batches"), [(1, [[1], [1], [1]]), (2, [[1, 1], [1, 1]])], ids=["after a lone item", "after a pair"]
+    ("together", "batches"), [(7, [7, 1, 1]), (8, [8, 2])], ids=["after a few items", "after many items"]
 )
-async def test_items_that_come_together_are_taken_in_before_the_batch_is_cut(
-    together: int, batches: list[list[int]]
-) -> None:
-    engine = Engine()
-    async with batcher_of(engine, inline_size=8) as batcher:
-        await asyncio.gather(*batcher.enqueue([[0]] * together))
-        (first,) = batcher.enqueue([[1]])
-        for _ in range(3):  # turns of the loop that a call takes to get here
-            await asyncio.sleep(0)
-        (second,) = batcher.enqueue([[2]])
-        answers = await asyncio.gather(first, second)
-    assert results(answers) == [[10], [20]]
-    assert engine.rows == batches
+def test_where_many_items_come_together_the_next_batch_waits_for_more(together: int, batches: list[int]) -> None:
+    async def scenario() -> None:
+        engine = Engine()
+        async with batcher_of(engine, max_batch_size=16, inline_size=16) as batcher:
+            await asyncio.gather(*batcher.enqueue([[0]] * together))
+            (first,) = batcher.enqueue([[1]])
+            await asyncio.sleep(QUIET_SECONDS / 2)
+            (second,) = batcher.enqueue([[2]])
+            assert results(await asyncio.gather(first, second)) == [[10], [20]]
+            assert now() <= 4 * QUIET_SECONDS, "not for longer than no more come"
+        assert [len(batch) for batch in engine.batches] == batches
+
+    in_virtual_time(scenario())
+
+
+def test_a_batch_waits_for_no_more_than_enough() -> None:
+    async def scenario() -> None:
+        engine = Engine()
+        async with batcher_of(engine, max_batch_size=64, inline_size=64) as batcher:
+            await asyncio.gather(*batcher.enqueue([[0]] * 64))
+            start = now()
+            await asyncio.gather(*batcher.enqueue([[1]] * ENOUGH_ITEMS))
+            assert now() == start
+        assert [len(batch) for batch in engine.batches] == [64, ENOUGH_ITEMS]
+
+    in_virtual_time(scenario())
 
 
 @pytest.mark.parametrize("inline_size", [0, 8])

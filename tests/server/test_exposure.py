@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,20 @@ def test_secrets_that_every_user_can_read_are_warned_of(mode: int, warned: int, 
     for path, warning in zip((key, tokens), found, strict=False):
         assert str(path) in warning
         assert f"mode {mode:04o}" in warning
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_process_warns_once_and_serves(
+    workers: str, server_process: Callable[..., tuple[str, subprocess.Popen[str]]], tmp_path: Path
+) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text("right-0123456789abcdef", encoding="utf-8")
+    tokens.chmod(0o644)
+    _, process = server_process("--host", "0.0.0.0", "--auth-token-file", str(tokens), "--workers", workers)
+    process.terminate()
+    _, err = process.communicate(timeout=30)
+    warned = [line for line in err.splitlines() if "WARNING" in line]
+    assert [("can reach 0.0.0.0" in line, str(tokens) in line) for line in warned] == [(True, False), (False, True)]
 
 
 def test_secrets_that_are_not_there_are_left_to_those_who_need_them() -> None:
