@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -34,9 +35,8 @@ _TRANSPORT_MARGIN = 2
 """gRPC itself refuses messages longer than this times `max_message_bytes`, with
 RESOURCE_EXHAUSTED; up to there the service refuses them with INVALID_ARGUMENT."""
 
-_STOP_LOOK_SECONDS, _STOP_QUIET_SECONDS = 0.02, 0.1
-"""How often a stop looks whether calls are open, and after how long without any it ends the connections: what was
-accepted has reached its handler by then, and what was answered has been sent."""
+_CLOSE_SECONDS = 1.0
+"""For how long a stop waits for a batch of which no caller is left."""
 
 _LOOKS_PER_LIMIT = 4
 """How often the watchdog looks at the engine in the time after which it calls it stuck."""
@@ -61,7 +61,8 @@ class DigitServer:
             observer: is told what happens.
             interceptors: of all calls, in this order, before that of the tokens.
             exchange: what ModelAdmin calls; without it, there is none.
-            shares_port: other processes listen on the same port.
+            shares_port: other processes listen on the same port. It is then bound
+                by `start`, as the kernel sends connections to whoever has bound it.
 
         Raises:
             OSError: the address cannot be bound, for example because it is taken.
@@ -74,6 +75,8 @@ class DigitServer:
         self._watchdog: asyncio.Task[None] | None = None
         self._stuck = False
         self._serving = False
+        self._stopping = False
+        self._cut_short = asyncio.Event()
         self._service = DigitService(settings, self._observer)
         inference = OpenInference(self._service, settings, statistics, self.is_serving)
         self._health = admin.HealthServicer(HEALTH_NAMES)
@@ -90,24 +93,40 @@ class DigitServer:
         admin.add_to_server(self._health, self._reflection, self._server)
         if exchange is not None:
             model_admin.add_to_server(model_admin.ModelAdminServicer(exchange), self._server)
-        host = bracketed(settings.host)
-        credentials = server_credentials(settings)
-        address = f"{host}:{settings.port}"
+        self._credentials = server_credentials(settings)
+        self._shares_port = shares_port
+        self.port = settings.port
+        if not shares_port:
+            self._bind()
+
+    @property
+    def address(self) -> str:
+        """`host:port`, as a client takes it."""
+        return f"{bracketed(self._settings.host)}:{self.port}"
+
+    def _bind(self) -> None:
         try:
-            if credentials is None:
-                self.port = self._server.add_insecure_port(address)
+            if self._credentials is None:
+                self.port = self._server.add_insecure_port(self.address)
             else:
-                self.port = self._server.add_secure_port(address, credentials)
+                self.port = self._server.add_secure_port(self.address, self._credentials)
         except RuntimeError as error:
-            raise OSError(f"cannot listen on {address}: the address is taken, or not one of this machine") from error
-        self.address = f"{host}:{self.port}"
+            raise OSError(
+                f"cannot listen on {self.address}: the address is taken, or not one of this machine"
+            ) from error
 
     def is_serving(self) -> bool:
         """Whether health says SERVING."""
         return self._serving and not self._stuck
 
     async def start(self) -> None:
-        """Listen: until a model serves, health answers NOT_SERVING and the methods UNAVAILABLE."""
+        """Listen: until a model serves, health answers NOT_SERVING and the methods UNAVAILABLE.
+
+        Raises:
+            OSError: a shared address cannot be bound.
+        """
+        if self._shares_port:
+            self._bind()
         await self._service.start()
         await self._server.start()
         self._watchdog = asyncio.create_task(self._watch_engine(), name="watchdog")
@@ -149,7 +168,7 @@ class DigitServer:
             raise RuntimeError("no model was prepared")
         self._service.serve_model(self._prepared)
         self._prepared = None
-        self._serving = True
+        self._serving = not self._stopping  # a reload may end while the server drains
         self._tell_health()
 
     async def stop(self, grace: float | None = None, delay: float = 0) -> None:
@@ -159,32 +178,27 @@ class DigitServer:
         as those who send them have to hear of it; then streams are told and
         accepted calls finish, for up to `grace` seconds.
         """
+        self._stopping = True
         self._serving = False
         self._tell_health()
-        if delay:
-            await asyncio.sleep(delay)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(delay):
+                await self._cut_short.wait()
         self._health.end()
         self._reflection.end()
         self._service.drain()
-        await self._stop_transport(self._settings.grace if grace is None else grace)
+        await self._server.stop(self._settings.grace if grace is None else grace)
         if self._watchdog is not None:
             self._watchdog.cancel()
-        await self._service.close()
-
-    async def _stop_transport(self, grace: float) -> None:
-        """Let accepted calls finish; a connection alone, whose client does not answer, is not waited for."""
-        stopping = asyncio.create_task(self._server.stop(grace))
-        quiet_since = time.monotonic()
-        while not stopping.done():
-            await asyncio.wait((stopping,), timeout=_STOP_LOOK_SECONDS)
-            if self._service.open_calls:
-                quiet_since = time.monotonic()
-            elif time.monotonic() - quiet_since > _STOP_QUIET_SECONDS:
-                await self._server.stop(0)
-        await stopping
+        try:
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await self._service.close()
+        except TimeoutError:
+            logger.error("the engine is stuck: its batch is not waited for")
 
     async def cut_short(self) -> None:
         """End a `stop` that is under way without waiting for the calls that go on."""
+        self._cut_short.set()
         await self._server.stop(0)
 
     async def _watch_engine(self) -> None:

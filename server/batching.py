@@ -103,7 +103,7 @@ class Flow:
 
 
 class _Entry(Generic[Item, Result]):
-    __slots__ = ("arrived", "deadline", "future", "item", "order", "queued", "rows", "token")
+    __slots__ = ("arrived", "deadline", "entered", "future", "item", "order", "queued", "rows", "token")
 
     def __init__(
         self,
@@ -116,7 +116,8 @@ class _Entry(Generic[Item, Result]):
     ) -> None:
         self.item = item
         self.rows = len(item)
-        self.arrived = arrived
+        self.arrived = arrived  # on the loop's clock, which may tick in milliseconds
+        self.entered = time.monotonic()
         self.deadline = deadline
         self.future = future
         self.order = order  # the lowest is computed first; no two are equal
@@ -164,10 +165,11 @@ class DynamicBatcher(Generic[Item, Result]):
         self._queue: list[_Entry[Item, Result]] = []  # a heap; those that left it otherwise are still in it
         self._entries = 0  # in the queue, without those that left it
         self._numbers = itertools.count()
-        self._now = 0.0  # virtual time: rows that each of the flows in the queue has been given
+        self._now = 0.0  # virtual time: the place of the last item that was taken
         self._queued_rows = 0
         self._expected = 1  # items that the next batch waits for; with 1, it takes what is there
         self._since_look = 0  # batches
+        self._came_soon = False  # the first item of the next batch, sooner than its caller could send another one
         self._wake_at = 1  # items; what waits for items is woken by no fewer
         self._hurried = False
         self._ended = 0.0  # when the last batch was computed
@@ -196,7 +198,18 @@ class DynamicBatcher(Generic[Item, Result]):
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._run(), name="dynamic-batcher")
+        self._task.add_done_callback(self._ended_early)
         return self
+
+    def _ended_early(self, task: asyncio.Task[None]) -> None:
+        """What must not happen: let nobody wait for a loop that is gone."""
+        if task.cancelled() or task.exception() is None:
+            return
+        logger.critical("the batcher has a fault and takes nothing more", exc_info=task.exception())
+        self._closed = True
+        for entry in self._queue:
+            if not entry.future.done():
+                entry.future.set_exception(QueueClosed("the batcher has a fault"))
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -272,6 +285,8 @@ class DynamicBatcher(Generic[Item, Result]):
             raise QueueFull(rows, self._queued_rows, self._max_queue_size)
         loop = asyncio.get_running_loop()
         now = loop.time()
+        if not self._entries:
+            self._came_soon = time.monotonic() - self._ended < ROUND_TRIP_SECONDS
         flow = flow or Flow()
         futures = []
         for item in items:
@@ -352,7 +367,7 @@ class DynamicBatcher(Generic[Item, Result]):
         """
         self._since_look += 1
         expected = min(self._expected, ENOUGH_ITEMS)
-        if self._since_look > LOOK_EVERY and self._inline_size:
+        if self._since_look > LOOK_EVERY and self._came_soon and self._inline_size:
             self._since_look = 0
             expected = ENOUGH_ITEMS
         if expected == 1:
@@ -395,7 +410,6 @@ class DynamicBatcher(Generic[Item, Result]):
         bits: an item's place is that of its flow's rows before it, plus its own.
         """
         now = asyncio.get_running_loop().time()
-        flows = max(1, self._entries)
         batch: list[_Entry[Item, Result]] = []
         rows = 0
         while self._queue:
@@ -411,9 +425,9 @@ class DynamicBatcher(Generic[Item, Result]):
                 self._leave(entry)
                 batch.append(entry)
                 rows += entry.rows
+                self._now = max(self._now, entry.order[0])
             if self._queue and self._queue[0] is entry:
                 heapq.heappop(self._queue)
-        self._now += rows / flows
         return batch
 
     async def _answer(self, batch: list[_Entry[Item, Result]]) -> None:
@@ -422,31 +436,32 @@ class DynamicBatcher(Generic[Item, Result]):
         rows = sum(entry.rows for entry in batch)
         items = [entry.item for entry in batch]
         tokens = [entry.token for entry in batch]
-        start = loop.time()
-        waited = [start - entry.arrived for entry in batch]
-        self._busy_since = time.monotonic()
+        self._busy_since = start = time.monotonic()
+        waited = [start - entry.entered for entry in batch]
         try:
             if rows <= self._inline_size:
                 results, compute_seconds = self._run_timed(items)
             else:
                 results, compute_seconds = await loop.run_in_executor(self._thread, self._run_timed, items)
             _check_rows(items, results)
-        except Exception as error:
+        except BaseException as error:
             self._observer.batch_ended(rows, tokens, waited, 0.0, failed=True)
             waiting = [entry for entry in batch if not entry.future.done()]
             for entry in waiting:
                 entry.future.set_exception(error)
             if not waiting:
                 logger.exception("a batch of %d rows failed, and nobody waits for it any more", rows)
+            if not isinstance(error, Exception):
+                raise
             return
         finally:
             self._busy_since = None
             self._ended = time.monotonic()
         self._seconds_per_row += (compute_seconds / rows - self._seconds_per_row) / 8
-        self._observer.batch_ended(rows, tokens, waited, compute_seconds, failed=False)
         for entry, result, seconds in zip(batch, results, waited, strict=True):
             if not entry.future.done():
                 entry.future.set_result(Answer(result, rows, seconds, compute_seconds))
+        self._observer.batch_ended(rows, tokens, waited, compute_seconds, failed=False)
 
     def _run_timed(self, items: list[Item]) -> tuple[Sequence[Result], float]:
         start = time.perf_counter()

@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     for number in (signal.SIGTERM, signal.SIGINT):  # until the event loop takes them over
         signal.signal(number, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until then; the weights are read later than this in any case
     logs.configure(settings)
     values = " ".join(f"{name}={value} ({sources[name]})" for name, value in asdict(settings).items())
     logging.getLogger(__name__).info("starting with %s", values)
@@ -55,8 +56,8 @@ def _serve(settings: Settings) -> None:
     Raises:
         CannotServe: something that the settings name cannot be used.
     """
-    # Elsewhere than on Linux, the kernel does not spread connections over processes.
-    workers = settings.workers or (usable_cpus() if sys.platform == "linux" else 1)
+    # Elsewhere than on Linux the kernel does not spread connections, and an accelerator is not split by itself.
+    workers = settings.workers or (usable_cpus() if sys.platform == "linux" and settings.device == "cpu" else 1)
     # Of NumPy's products, as of torch's: the threads of a product would wait for cores that others work on.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     for warning in exposure.warnings(settings):

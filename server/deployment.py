@@ -105,7 +105,12 @@ class Deployment:
         async with self._turn:
             if self.previous is None:
                 raise NothingToRollBackTo(f"version {self._version()} is the first that is served: none was before it")
-            await self._exchange(self.previous)
+            try:
+                await self._exchange(self.previous)
+            except CannotServe as error:
+                self._observer.reload_ended("refused")
+                logger.error("the rollback is refused, and version %s goes on serving: %s", self._version(), error)
+                raise
             self.previous, self.current = self.current, self.previous
             self._observer.reload_ended("rolled_back")
             logger.info(

@@ -45,10 +45,11 @@ async def serve(settings: Settings) -> None:
             )
         except OSError as error:
             raise CannotServe(str(error)) from error
-        await server.start()
         delay = 0.0
         try:
             if await _unless(told_to_stop, deployment.first()):
+                # Only now: a client that has another server would spend its retries on one that is not ready.
+                await server.start()
                 print(f"serving on {server.address}", flush=True)
                 delay = settings.drain_delay
                 async with _running(deployment.watch(settings.reload_interval, told_to_reload)):

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DIRECTORY_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+DIRECTORY_VARIABLE = "_MNIST_GRPC_METRICS_DIRECTORY"
 """The environment variable by which the supervisor tells its workers where to count."""
 
 SECONDS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -189,7 +189,7 @@ class Cells:
         """Cells in a file, which is made if it is not there."""
         with path.open("a+b") as file:
             # Written, not only made so long: who writes to a mapped page for which the disk has no room is killed.
-            file.write(bytes(MEMORY_BYTES - file.tell()))
+            file.write(bytes(max(0, MEMORY_BYTES - file.tell())))
             file.flush()
             return cls(mmap.mmap(file.fileno(), MEMORY_BYTES))
 

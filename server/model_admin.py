@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Protocol
 
 import grpc
@@ -50,7 +51,8 @@ class ModelAdminServicer:
 
 async def _or_refused(step: Any) -> Served:
     try:
-        return await step()  # type: ignore[no-any-return]
+        # Shielded: a caller who leaves must not leave new weights seen and not served.
+        return await asyncio.shield(step())
     except CannotServe as error:
         raise Refused(str(error)) from error
 

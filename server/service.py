@@ -57,6 +57,9 @@ DECODING_RETRY_SECONDS = 1.0
 STREAM_WINDOW_MESSAGES = 2
 """A stream holds up to so many of the longest messages in unanswered frames."""
 
+PART_ROWS = 64
+"""A large request is cut into parts of so many rows, so that a batch has room for parts of other callers."""
+
 INLINE_SIZE = 32
 """Batches of up to this many images run on the event loop (docs/design.md has the figures)."""
 
@@ -71,8 +74,6 @@ class DigitService:
     def __init__(self, settings: Settings, observer: Observer | None = None) -> None:
         self._settings = settings
         self.observer = observer or Observer()
-        self.open_calls = 0
-        """Calls and streams that are not ended yet."""
         self._classifier: Classifier | None = None
         self._batcher: DynamicBatcher[Rows, Scores] = DynamicBatcher(
             self._run_batch,
@@ -279,7 +280,7 @@ class DigitService:
         return collect(decoded)
 
     async def _submit(self, rows: Rows, deadline: float | None, flow: Flow | None = None) -> list[Answer[Scores]]:
-        """Have rows computed by one model, in parts of at most `max_batch_size`."""
+        """Have rows computed by one model, in parts of at most `PART_ROWS`."""
         if deadline is None or asyncio.get_running_loop().time() < deadline:
             answer = self._batcher.run_now(rows)
             if answer is not None:
@@ -292,7 +293,7 @@ class DigitService:
             # The model was exchanged between two parts.
 
     async def _submit_once(self, rows: Rows, deadline: float | None, flow: Flow) -> list[Answer[Scores]]:
-        size = self._settings.max_batch_size
+        size = min(self._settings.max_batch_size, PART_ROWS)
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         try:
             futures = self._batcher.enqueue(parts, deadline=deadline, flow=flow)
@@ -312,7 +313,7 @@ class DigitService:
 
 
 class Observed:
-    """Counts a call as open, and tells the observer how it ended and how long it took, in a `with`."""
+    """Tells the service's observer how a call ended and how long it took, in a `with`."""
 
     __slots__ = ("_deadline", "_method", "_service", "_start")
 
@@ -323,7 +324,6 @@ class Observed:
         self._deadline = deadline
 
     def __enter__(self) -> None:
-        self._service.open_calls += 1
         self._start = time.perf_counter()
 
     def __exit__(
@@ -337,7 +337,6 @@ class Observed:
             code = "DEADLINE_EXCEEDED"
         else:
             code = "CANCELLED"  # whatever else would be a fault is a ServiceError by now
-        self._service.open_calls -= 1
         self._service.observer.call_ended(self._method, code, time.perf_counter() - self._start)
 
 

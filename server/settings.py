@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import resources
+from pathlib import PurePath
 from typing import Any
 
 from server.version import server_version
@@ -59,7 +60,7 @@ class Settings:
         0.0, "least test accuracy, 0 to 1, that the manifest of weights has to give for them to be served"
     )
     stuck_after: float = _setting(
-        5.0, "how long a batch may compute before health says NOT_SERVING until it ends, in seconds"
+        5.0, "how long a batch may compute in its thread before health says NOT_SERVING until it ends, in seconds"
     )
     admin: bool = _setting(False, "offer mnist.v1.ModelAdmin, by which weights are reloaded and rolled back")
     metrics_port: int | None = _setting(None, "port of Prometheus metrics over HTTP; 0 picks a free one", "no metrics")
@@ -88,6 +89,8 @@ class Settings:
         self._require("max_queue_size", "1 or more", self.max_queue_size >= 1)
         self._require("stream_window", "1 or more", self.stream_window >= 1)
         self._require("max_message_bytes", "from 1024 to 1073741824", 1024 <= self.max_message_bytes <= 1 << 30)
+        self._require("host", "an address or a name", bool(self.host))
+        self._require("weights", "the path of a file", bool(PurePath(self.weights).name))
         self._require("workers", "from 0 to 1024", 0 <= self.workers <= 1024)
         for name in ("grace", "drain_delay", "reload_interval", "max_connection_age", "max_connection_age_grace"):
             self._require(name, "0 or more", 0 <= getattr(self, name) <= MAX_SECONDS)

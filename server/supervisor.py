@@ -236,7 +236,12 @@ class Supervisor:
         async def answer(question: str, fields: Fields, blobs: Sequence[bytes]) -> Fields:
             return await self._answer(worker, question)
 
-        worker = Worker(number, process, await Line.over(ours, answer))
+        try:
+            line = await Line.over(ours, answer)
+        except BaseException:
+            process.kill()
+            raise
+        worker = Worker(number, process, line)
         self._workers.add(worker)
         self._reap()  # it may have ended already
         return worker
@@ -364,6 +369,8 @@ class Supervisor:
         lost: WorkerLost | None = None
         for _ in range(TRIALS):
             while not (serving := [worker for worker in self._serving if worker.lives]):
+                if self.deployment.current is None:
+                    raise CannotServe("all workers died before they served")
                 self._joined.clear()
                 await self._joined.wait()
             try:

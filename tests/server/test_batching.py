@@ -6,8 +6,11 @@ import asyncio
 import random
 import selectors
 import threading
+import time
 from collections.abc import Callable, Coroutine, Sequence
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -103,13 +106,15 @@ class _ClockSelector(selectors.SelectSelector):
 def in_virtual_time(scenario: Coroutine[Any, Any, None]) -> None:
     """Run a scenario whose clock starts at 0 and stands still while anything is to be done. No threads."""
 
+    selector = _ClockSelector()
+    clock = SimpleNamespace(monotonic=lambda: selector.now, perf_counter=time.perf_counter)
+
     def make_loop() -> asyncio.AbstractEventLoop:
-        selector = _ClockSelector()
         loop = asyncio.SelectorEventLoop(selector)
         loop.time = lambda: selector.now  # type: ignore[method-assign]
         return loop
 
-    with asyncio.Runner(loop_factory=make_loop) as runner:
+    with mock.patch.object(server.batching, "time", clock), asyncio.Runner(loop_factory=make_loop) as runner:
         runner.run(scenario)
 
 
@@ -308,6 +313,25 @@ async def test_the_rows_of_one_flow_share_its_part_of_the_engine() -> None:
         engine.let_go(11)
         await asyncio.gather(running, *futures, *modest)
     assert sorted(batch[0][0] for batch in engine.batches[1:4]) == [1, 2, 2]
+
+
+async def test_a_flow_does_not_pay_for_what_it_got_while_it_was_alone() -> None:
+    engine = Engine(held=True)
+    async with batcher_of(engine, max_batch_size=4, max_queue_size=1000) as batcher:
+        old, new = Flow(), Flow()
+        engine.let_go(100)
+        for _ in range(50):
+            await asyncio.gather(*batcher.enqueue([[1]] * 8, flow=old))
+        before = len(engine.batches)
+        for _ in range(before):
+            await engine.begun()
+        (running,) = batcher.enqueue([[0] * 4])
+        await engine.begun()
+        futures = batcher.enqueue([[1]] * 40, flow=old) + batcher.enqueue([[2]] * 40, flow=new)
+        engine.let_go(100)
+        await asyncio.gather(running, *futures)
+    first = [item[0] for batch in engine.batches[before + 1 : before + 5] for item in batch]
+    assert first.count(1) in range(6, 11), engine.batches[before:]
 
 
 # A lone caller --------------------------------------------------------------------

@@ -208,15 +208,3 @@ def test_importing_the_server_loads_no_torch_and_no_grpc(tmp_path: Path) -> None
         timeout=TIMEOUT,
     ).stdout
     assert out == "[]\n"
-
-
-def test_a_connection_that_answers_nothing_does_not_hold_up_a_stop(server_process: Start) -> None:
-    address, process = server_process("--grace", "60")
-    host, port = address.split(":")
-    with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")  # the preface, empty settings
-        assert connection.recv(1), "the server answers"
-        process.send_signal(signal.SIGTERM)
-        code, _, err = end_of(process, timeout=25)
-    assert code == 0
-    assert err.strip().splitlines()[-1].endswith("stopped")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ import numpy.typing as npt
 import psutil
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 
 import client
 from digits.checkpoint import load_checkpoint, save_checkpoint
@@ -43,7 +45,7 @@ Start = Callable[..., tuple[str, subprocess.Popen[str]]]
 Golden = tuple[npt.NDArray[np.uint8], list[int]]
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 40
+TIMEOUT = 60
 MANY = 24
 """Connections; that all of them go to the same one of two workers happens once in eight million times."""
 
@@ -111,11 +113,6 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children()
 
 
-def address_of(channel_target: str) -> tuple[str, int]:
-    host, port = channel_target.rsplit(":", 1)
-    return host, int(port)
-
-
 @contextlib.contextmanager
 def channels_to(address: str, count: int) -> Iterator[list[grpc.Channel]]:
     """Channels with a connection each: by default, channels of one process share one."""
@@ -160,6 +157,16 @@ def check_one_line(err: str, *words: str) -> None:
         assert word in line
 
 
+def check_taken(start: Start, address: str, *counts: str) -> None:
+    """Servers with these numbers of workers cannot have the port."""
+    _, port = address.split(":")
+    others = [start("--workers", count, "--port", port, wait=False)[1] for count in counts]
+    for other in others:
+        code, out, err = end_of(other, Log(other))
+        assert (code, out) == (1, "")
+        check_one_line(err, address, "taken")
+
+
 class Callers:
     """Threads that classify with the SDK for as long as the `with` lasts; `failures` is to stay empty."""
 
@@ -182,6 +189,7 @@ class Callers:
                     self.failures.append(error)
                 number += 1
                 self.answers += 1
+                self._end.wait(0.01)  # the workers that start need the cores, too
 
     def wait_for_more(self, count: int = 50) -> None:
         """Until so many further calls have ended."""
@@ -252,29 +260,18 @@ def test_nobody_listens_before_a_model_serves_and_yet_the_port_is_taken(
     with weights.open("wb") as file:  # open as soon as the weights are read, for which the workers are then ready
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port))
-        for count in ("1", "2"):
-            _, second = server_process("--workers", count, "--port", str(port), wait=False)
-            code, out, err = end_of(second, Log(second))
-            assert (code, out) == (1, "")
-            check_one_line(err, f"127.0.0.1:{port}", "taken")
+        check_taken(server_process, f"127.0.0.1:{port}", "1", "2")
         file.write(content)
     assert process.stdout is not None
     assert process.stdout.readline() == f"serving on 127.0.0.1:{port}\n"
-    for count in ("1", "2"):
-        _, second = server_process("--workers", count, "--port", str(port), wait=False)
-        code, out, err = end_of(second, Log(second))
-        assert (code, out) == (1, "")
-        check_one_line(err, f"127.0.0.1:{port}", "taken")
+    check_taken(server_process, f"127.0.0.1:{port}", "1", "2")
     process.send_signal(signal.SIGTERM)
     assert end_of(process, log)[0] == 0
 
 
 def test_workers_cannot_have_the_port_of_a_lone_server(server_process: Start) -> None:
     address, _ = server_process("--workers", "1")
-    _, process = server_process("--workers", "2", "--port", address.split(":")[1], wait=False)
-    code, out, err = end_of(process, Log(process))
-    assert (code, out) == (1, "")
-    check_one_line(err, address, "taken")
+    check_taken(server_process, address, "2")
 
 
 # What cannot be served -------------------------------------------------------------
@@ -404,13 +401,13 @@ def test_one_signal_drains_all_workers(kind: signal.Signals, server_process: Sta
     assert err.strip().splitlines()[-1].endswith("stopped")
 
 
-def test_a_second_signal_waits_for_no_call(server_process: Start, golden: Golden) -> None:
+def test_a_second_signal_waits_for_no_call(server_process: Start) -> None:
     address, process = server_process("--workers", "2", "--max-wait-ms", "60000", "--drain-delay", "600")
     log = Log(process)
     with channels_to(address, MANY) as channels:
         versions_at(channels)
         stubs: list[Any] = [pb_grpc.DigitClassifierStub(channel) for channel in channels]
-        calls = [stub.Classify.future(pb.ClassifyRequest(pixels=golden[0].tobytes()), timeout=600) for stub in stubs]
+        calls = [stub.Classify.future(pb.ClassifyRequest(pixels=bytes(784)), timeout=600) for stub in stubs]
         versions_at(channels)
         process.send_signal(signal.SIGTERM)
         log.wait_for("draining 2 workers")
@@ -666,3 +663,47 @@ async def test_weights_that_kill_a_worker_are_refused_before_they_have_killed_al
 
 
 # Metrics -----------------------------------------------------------------------------
+
+
+def test_the_supervisor_tells_what_all_workers_counted_also_the_dead(server_process: Start, weights: Path) -> None:
+    address, process = server_process(
+        "--workers", "2", "--metrics-port", "0", "--weights", str(weights), "--reload-interval", "0"
+    )
+    log = Log(process)
+    page = log.wait_for("metrics on http://")[0].split()[-1]
+
+    def samples() -> dict[str, float]:
+        """The metrics without labels, and calls by method and code."""
+        with urllib.request.urlopen(page, timeout=TIMEOUT) as answer:
+            families = list(text_string_to_metric_families(answer.read().decode()))
+        return {
+            " ".join([sample.name, *sample.labels.values()]): sample.value
+            for family in families
+            for sample in family.samples
+        }
+
+    calls = "mnist_grpc_calls_total OK mnist.v1.DigitClassifier/Classify"
+    with channels_to(address, MANY) as channels:
+        stubs: list[Any] = [pb_grpc.DigitClassifierStub(channel) for channel in channels]
+        for stub in stubs:
+            stub.Classify(pb.ClassifyRequest(pixels=bytes(784)), timeout=TIMEOUT)
+        first = samples()
+        assert first[calls] == first["mnist_grpc_rows_computed_total"] == MANY
+        assert (first["mnist_grpc_workers"], first["mnist_grpc_serving"]) == (2, 2)
+        assert first["mnist_grpc_worker_restarts_total"] == 0
+    workers_of(process)[0].kill()
+    log.wait_for("server.supervisor", ") serves")
+    new = write_variant(weights, 1)
+    process.send_signal(signal.SIGHUP)
+    log.wait_for("serves in place of", new)
+    with channels_to(address, 1) as (channel,):
+        stub = pb_grpc.DigitClassifierStub(channel)
+        stub.Classify(pb.ClassifyRequest(pixels=bytes(784)), timeout=TIMEOUT)
+    second = samples()
+    assert second[calls] == MANY + 1
+    assert (second["mnist_grpc_workers"], second["mnist_grpc_serving"]) == (2, 2)
+    assert second["mnist_grpc_worker_restarts_total"] == 1
+    assert second["mnist_grpc_reloads_total served"] == 1
+    assert second[f"mnist_grpc_model_info {new}"] == 1
+    process.send_signal(signal.SIGTERM)
+    assert end_of(process, log)[0] == 0
