@@ -54,7 +54,7 @@ async def serve(settings: Settings) -> None:
                 delay = settings.drain_delay
                 async with _running(deployment.watch(settings.reload_interval, told_to_reload)):
                     await told_to_stop.wait()
-            logger.info("draining for up to %g s", settings.grace)
+            logger.info("told to end: draining for up to %g s", settings.grace)
         finally:
             stopping = asyncio.create_task(server.stop(delay=delay))
             if not await _unless(told_again, stopping):
