@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from server.limits import connection_options
 from server.observer import Observer, Observers
 from server.open_inference import SERVICE_NAME as OPEN_INFERENCE_NAME
 from server.open_inference import OpenInference
+from server.ports import Reservation, literal_hosts
 from server.service import SERVICE_NAME, DigitService
 from server.settings import Settings, bracketed
 from server.statistics import Statistics
@@ -85,7 +87,7 @@ class DigitServer:
             names.append(model_admin.SERVICE_NAME)
         self._reflection = admin.ReflectionServicer(names)
         self._server = grpc.aio.server(
-            interceptors=[*interceptors, *authentication.interceptors(settings)],
+            interceptors=[*interceptors, *authentication.interceptors(settings, self._observer)],
             options=server_options(settings, shares_port=shares_port),
         )
         servicer.add_to_server(servicer.DigitClassifierServicer(self._service), self._server)
@@ -105,15 +107,25 @@ class DigitServer:
         return f"{bracketed(self._settings.host)}:{self.port}"
 
     def _bind(self) -> None:
+        """Listen at all addresses of the host, or at none."""
+        host = self._settings.host
         try:
-            if self._credentials is None:
-                self.port = self._server.add_insecure_port(self.address)
-            else:
-                self.port = self._server.add_secure_port(self.address, self._credentials)
+            if not self._shares_port and sys.platform == "linux":
+                with Reservation(host, self.port) as free:
+                    self.port = free.port
+            for address in literal_hosts(host):
+                self.port = self._bind_one(f"{address}:{self.port}")
+        except CannotServe as error:
+            raise OSError(str(error)) from error
         except RuntimeError as error:
             raise OSError(
                 f"cannot listen on {self.address}: the address is taken, or not one of this machine"
             ) from error
+
+    def _bind_one(self, address: str) -> int:
+        if self._credentials is None:
+            return self._server.add_insecure_port(address)
+        return self._server.add_secure_port(address, self._credentials)
 
     def is_serving(self) -> bool:
         """Whether health says SERVING."""

@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeAlias
 import grpc
 
 from server.errors import CannotServe
+from server.observer import Observer
 from server.secret_files import Contents, WatchedFiles
 from server.settings import Settings
 
@@ -31,13 +32,16 @@ MAX_TOKENS = 1000
 LOOK_SECONDS = 1.0
 """How long a change of the file may go unnoticed."""
 
+ANY_METHOD = "*"
+"""As what a refused call is counted: the name that it gives is a stranger's, and there is no end of such names."""
+
 REFUSAL = "a valid token is needed: send the metadata `authorization: Bearer TOKEN`"
 
 _TOKEN = re.compile(r"[A-Za-z0-9\-._~+/]+=*")
 _SCHEME = "bearer "
 
 
-def interceptors(settings: Settings) -> list[grpc.aio.ServerInterceptor]:
+def interceptors(settings: Settings, observer: Observer) -> list[grpc.aio.ServerInterceptor]:
     """The interceptor that asks for a token; none without `auth_token_file`.
 
     Raises:
@@ -45,14 +49,15 @@ def interceptors(settings: Settings) -> list[grpc.aio.ServerInterceptor]:
     """
     if not settings.auth_token_file:
         return []
-    return [BearerTokens(settings.auth_token_file)]
+    return [BearerTokens(settings.auth_token_file, observer)]
 
 
 class BearerTokens(grpc.aio.ServerInterceptor):
     """Ends calls that carry none of the file's tokens with UNAUTHENTICATED."""
 
-    def __init__(self, path: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, path: str, observer: Observer, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._files = token_file(path)
+        self._observer = observer
         self._clock = clock
         self._next_look = clock() + LOOK_SECONDS
         # Of this kind for all methods, because it is the only one for which gRPC does not read a message first.
@@ -65,6 +70,7 @@ class BearerTokens(grpc.aio.ServerInterceptor):
     ) -> Handler | None:
         if handler_call_details.method.startswith(OPEN_PREFIX) or self.accepts(handler_call_details):
             return await continuation(handler_call_details)
+        self._observer.call_ended(ANY_METHOD, "UNAUTHENTICATED", 0.0)
         return self._refusing
 
     def accepts(self, call: grpc.HandlerCallDetails) -> bool:

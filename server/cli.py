@@ -31,10 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: sys.exit(0))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until then; the weights are read later than this in any case
     logs.configure(settings)
-    values = " ".join(f"{name}={value} ({sources[name]})" for name, value in asdict(settings).items())
-    logging.getLogger(__name__).info("starting with %s", values)
+    workers = _workers(settings)
+    effective = asdict(settings) | {"workers": workers}
+    values = " ".join(f"{name}={value} ({sources[name]})" for name, value in effective.items())
+    fields = {name: {"value": value, "source": sources[name]} for name, value in effective.items()}
+    extra = {"settings": fields} if settings.log_format == "json" else {}
+    logging.getLogger(__name__).info("starting with %s", values, extra=extra)
     try:
-        _serve(settings)
+        _serve(settings, workers)
     except CannotServe as error:
         print(f"mnist-grpc-server: {error}", file=sys.stderr)
         return 1
@@ -50,14 +54,19 @@ def script() -> NoReturn:
     os._exit(code)
 
 
-def _serve(settings: Settings) -> None:
+def _workers(settings: Settings) -> int:
+    """How many processes are to serve."""
+    # Elsewhere than on Linux the kernel does not spread connections, and an accelerator is not split by itself.
+    alone = sys.platform != "linux" or settings.device != "cpu"
+    return settings.workers or (1 if alone else usable_cpus())
+
+
+def _serve(settings: Settings, workers: int) -> None:
     """Serve in this process, or have several workers serve, until told to stop.
 
     Raises:
         CannotServe: something that the settings name cannot be used.
     """
-    # Elsewhere than on Linux the kernel does not spread connections, and an accelerator is not split by itself.
-    workers = settings.workers or (usable_cpus() if sys.platform == "linux" and settings.device == "cpu" else 1)
     # Of NumPy's products, as of torch's: the threads of a product would wait for cores that others work on.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     for warning in exposure.warnings(settings):

@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 SETTLED_SECONDS = 0.2
 """Files that changed are read once they have not changed any more for so long: two files are not replaced at once."""
 
+READ_SECONDS = 30.0
+"""For how long new files may take to be read; a pipe that nobody writes to, or a disk that hangs, takes for ever."""
+
 Deploy = Callable[[Snapshot], Awaitable[None]]
 """Loads a model beside the one that serves, checks it, exchanges the two; or raises CannotServe and changes nothing."""
 
@@ -54,6 +57,7 @@ class Deployment:
         self._deploy = deploy
         self._observer = observer or Observer()
         self._turn = asyncio.Lock()
+        self._closed = False
         self._seen = self._signature()
         self.current: Snapshot | None = None
         self.previous: Snapshot | None = None
@@ -88,7 +92,9 @@ class Deployment:
                 self._observer.reload_ended("refused")
                 logger.error("new weights are refused, and version %s goes on serving: %s", self._version(), error)
                 raise
-            self.previous, self.current = self.current, snapshot
+            if self.current is None or self.current.weights != snapshot.weights:
+                self.previous = self.current  # another manifest alone is no other version to go back to
+            self.current = snapshot
             self._observer.reload_ended("served")
             logger.info("version %s serves in place of %s", snapshot.version, self._served().previous_version)
             return self._served()
@@ -148,11 +154,20 @@ class Deployment:
 
     async def _read(self) -> Snapshot:
         try:
-            return await in_daemon_thread(lambda: take_snapshot(self._path))
+            async with asyncio.timeout(READ_SECONDS if self.current else None):
+                return await in_daemon_thread(lambda: take_snapshot(self._path))
+        except TimeoutError as error:
+            raise CannotServe(f"{self._path}: cannot be read within {READ_SECONDS:g} s") from error
         except InvalidCheckpoint as error:
             raise CannotServe(str(error)) from error
 
+    def close(self) -> None:
+        """Exchange nothing any more: the server is about to stop."""
+        self._closed = True
+
     async def _exchange(self, snapshot: Snapshot) -> Snapshot:
+        if self._closed:
+            raise CannotServe("this server is about to stop")
         await self._deploy(snapshot)
         return snapshot
 

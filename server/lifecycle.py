@@ -56,6 +56,7 @@ async def serve(settings: Settings) -> None:
                     await told_to_stop.wait()
             logger.info("told to end: draining for up to %g s", settings.grace)
         finally:
+            deployment.close()
             stopping = asyncio.create_task(server.stop(delay=delay))
             if not await _unless(told_again, stopping):
                 logger.info("told again: not waiting for the calls that go on")

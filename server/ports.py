@@ -10,6 +10,7 @@ Knows nothing of what listens.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 from collections.abc import Iterable
@@ -71,6 +72,20 @@ class Reservation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def literal_hosts(host: str) -> list[str]:
+    """The addresses that a host name stands for and this machine has, as they stand before a colon and a port.
+
+    A transport that was given the name might listen at some of them, and say
+    nothing of the others.
+    """
+    here = []
+    for family, (address, *_) in _addresses(host, 0):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((address, 0))
+            here.append(bracketed(address))
+    return here
 
 
 def _addresses(host: str, port: int) -> list[_Address]:

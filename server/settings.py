@@ -147,7 +147,7 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> t
 
 def _is_service_link(name: str, value: str) -> bool:
     """Whether Kubernetes set the variable: for a Service named mnist-grpc it gives pods MNIST_GRPC_PORT=tcp://..."""
-    return name == "port" and value.startswith("tcp://")
+    return name in ("port", "metrics_port") and value.startswith("tcp://")
 
 
 def _cast(name: str, text: str, cast: Callable[[str], Any]) -> Any:

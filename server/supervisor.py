@@ -190,6 +190,7 @@ class Supervisor:
         Those that do not serve yet are killed. With `cut_short`, calls that go on are not waited for.
         """
         self._stopping = True
+        self.deployment.close()
         for task in self._tasks:
             task.cancel()
         for worker in self._workers:

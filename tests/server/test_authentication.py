@@ -20,6 +20,7 @@ from protos.mnist.v1 import digit_classifier_pb2 as pb
 from server.app import build_server
 from server.authentication import LOOK_SECONDS, MAX_TOKENS, REFUSAL, BearerTokens, interceptors
 from server.errors import CannotServe
+from server.observer import Observer
 from server.settings import Settings
 
 Start = Callable[..., tuple[str, subprocess.Popen[str]]]
@@ -97,7 +98,7 @@ LET_IN = (grpc.StatusCode.UNAVAILABLE, "the model is not loaded yet")
 
 
 def test_without_a_token_file_there_is_no_interceptor() -> None:
-    assert interceptors(Settings()) == []
+    assert interceptors(Settings(), Observer()) == []
 
 
 @pytest.mark.parametrize("token", [FIRST, SECOND, THIRD])
@@ -210,7 +211,7 @@ def test_a_file_that_cannot_be_used_stops_the_start_and_no_token_is_told(how: st
     content, words = BAD_FILES[how]
     path.write_bytes(content)
     with pytest.raises(CannotServe) as error:
-        interceptors(Settings(auth_token_file=str(path)))
+        interceptors(Settings(auth_token_file=str(path)), Observer())
     message = str(error.value)
     assert message.startswith(f"the token file {path} ")
     assert words in message
@@ -222,10 +223,10 @@ def test_a_file_that_cannot_be_used_stops_the_start_and_no_token_is_told(how: st
 def test_a_file_that_is_not_there_stops_the_start(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
     with pytest.raises(CannotServe, match=r"the token file .*/tokens cannot be read: No such file"):
-        interceptors(Settings(auth_token_file=str(path)))
+        interceptors(Settings(auth_token_file=str(path)), Observer())
     os.mkfifo(path)
     with pytest.raises(CannotServe, match=r"the token file .*/tokens is no regular file"):
-        interceptors(Settings(auth_token_file=str(path)))
+        interceptors(Settings(auth_token_file=str(path)), Observer())
 
 
 def test_the_process_ends_with_one_line_that_names_the_line_and_not_the_token(
@@ -281,7 +282,7 @@ class Clock:
 
 def test_a_changed_file_is_seen_at_the_first_call_a_second_later_and_not_looked_at_before(token_file: Path) -> None:
     clock = Clock()
-    tokens = BearerTokens(str(token_file), clock=clock)
+    tokens = BearerTokens(str(token_file), Observer(), clock=clock)
     token_file.write_text("fresh-0123456789abcdef", encoding="utf-8")
     clock.now += LOOK_SECONDS - 0.01
     assert tokens.accepts(call_with(FIRST))
@@ -296,7 +297,7 @@ def test_a_broken_new_file_keeps_the_old_tokens_and_is_logged_once_without_a_tok
     how: str, token_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = Clock()
-    tokens = BearerTokens(str(token_file), clock=clock)
+    tokens = BearerTokens(str(token_file), Observer(), clock=clock)
     if how in BAD_FILES:
         token_file.write_bytes(BAD_FILES[how][0])
     else:

@@ -36,13 +36,13 @@ def test_an_address_of_this_machine_alone_needs_no_warning(host: str) -> None:
     assert exposure_warning(Settings(host=host)) is None
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.0.2.1", "2001:db8::1", "::ffff:192.0.2.1", "fe80::1%lo"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "2001:db8::1", "::ffff:192.0.2.1", "fe80::1%lo"])
 def test_an_address_that_others_can_reach_is_warned_of(host: str) -> None:
     assert not is_local(host)
     warning = exposure_warning(Settings(host=host, port=50051))
     assert warning is not None
     assert "port 50051" in warning
-    assert (host or "every address") in warning
+    assert host in warning
 
 
 def test_a_name_is_what_it_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -543,7 +543,9 @@ class FakeWorkers:
             match question:
                 case "prepare":
                     await self.some_turns()
-                    if blobs[0].startswith((b"bad for all", b"bad for %d" % number)):
+                    if blobs[0].startswith((b"bad for all", b"bad for %d" % number)) or (
+                        blobs[0].startswith(b"bad for some") and self.random.random() < 0.5
+                    ):
                         raise CannotServe("bad weights")
                     if blobs[0].startswith(b"deadly"):
                         self.die(worker)
@@ -604,7 +606,7 @@ async def test_whoever_dies_whenever_all_serve_the_version_of_the_last_exchange(
     fakes = FakeWorkers(seed)
     monkeypatch.setattr(Supervisor, "_spawn", lambda keeper, number: fakes.spawn(keeper, number))
     monkeypatch.setattr(supervisor, "PAUSES", (0.0,))
-    kinds = [b"good", b"good", b"good", b"bad for all", b"bad for 2"]
+    kinds = [b"good", b"good", b"good", b"bad for all", b"bad for some"]
     contents = iter([b"first", *(b"%s %d" % (fakes.random.choice(kinds), n) for n in range(1000))])
     monkeypatch.setattr("server.deployment.take_snapshot", lambda path: Snapshot(path, next(contents), manifest=None))
     keeper = Supervisor(Settings(grace=0, drain_delay=0), 3)
@@ -638,6 +640,24 @@ async def test_whoever_dies_whenever_all_serve_the_version_of_the_last_exchange(
         assert {fakes.serving[worker] for worker in fakes.listening} == {keeper.deployment.current.weights}
     finally:
         ended = True
+        await keeper.stop(asyncio.Event())
+        fakes.end()
+
+
+async def test_what_one_worker_refuses_no_worker_serves(monkeypatch: pytest.MonkeyPatch, no_stray_errors: None) -> None:
+    fakes = FakeWorkers(0)
+    monkeypatch.setattr(Supervisor, "_spawn", lambda keeper, number: fakes.spawn(keeper, number))
+    contents = iter([b"first", b"bad for 2", b"second"])
+    monkeypatch.setattr("server.deployment.take_snapshot", lambda path: Snapshot(path, next(contents), manifest=None))
+    keeper = Supervisor(Settings(grace=0, drain_delay=0), 3)
+    try:
+        await keeper.start()
+        with pytest.raises(CannotServe, match="bad weights"):
+            await keeper.deployment.reload()
+        assert [fakes.serving[worker] for worker in keeper._workers] == [b"first"] * 3
+        await keeper.deployment.reload()
+        assert [fakes.serving[worker] for worker in keeper._workers] == [b"second"] * 3
+    finally:
         await keeper.stop(asyncio.Event())
         fakes.end()
 
