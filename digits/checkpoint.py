@@ -46,6 +46,7 @@ __all__ = [
     "write_atomically",
 ]
 
+
 @dataclass(frozen=True)
 class Manifest:
     """What is known of a model beside its weights."""
