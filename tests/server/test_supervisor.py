@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import select
 import shutil
 import signal
 import socket
@@ -130,11 +131,15 @@ def versions_at(channels: Sequence[grpc.Channel]) -> Counter[str]:
 
 
 def has_ended(worker: psutil.Process) -> bool:
-    """Also if nobody has asked for its exit code yet."""
+    """Whether a process has ended or does so now, also if nobody has asked for its exit code yet."""
     try:
-        return worker.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+        end = os.pidfd_open(worker.pid)
+    except ProcessLookupError:
         return True
+    try:
+        return bool(select.select([end], [], [], TIMEOUT)[0])
+    finally:
+        os.close(end)
 
 
 def connections_of(worker: psutil.Process) -> int:
