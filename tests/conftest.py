@@ -88,7 +88,7 @@ async def no_stray_errors() -> AsyncIterator[None]:
     stray: list[dict[str, Any]] = []
 
     def note(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        # gRPC has one queue for all event loops of a process, and may wake this one for a call of a loop that is closed.
+        # gRPC has one queue for all event loops of a process, and may wake this one for a call of one that is closed.
         if "PollerCompletionQueue._handle_events" not in context.get("message", ""):
             stray.append(context)
 
