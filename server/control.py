@@ -71,6 +71,10 @@ class Line:
         self._send({"question": question, "number": self._number, "fields": dict(fields or {})}, blobs)
         return asked
 
+    def tell(self, question: str) -> None:
+        """Ask without waiting for the answer."""
+        self.ask(question).add_done_callback(lambda asked: asked.cancelled() or asked.exception())
+
     def _send(self, head: dict[str, Any], blobs: Sequence[bytes] = ()) -> None:
         encoded = json.dumps(head | {"blobs": [len(blob) for blob in blobs]}).encode()
         self._writer.writelines([_LENGTH.pack(len(encoded)), encoded, *blobs])

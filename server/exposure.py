@@ -33,8 +33,7 @@ def exposure_warning(settings: Settings) -> str | None:
         remedy = "--auth-token-file or --tls-client-ca"
     else:
         return None
-    host = settings.host or "every address"
-    return f"other machines can reach {host}, port {settings.port}, {risk}; {remedy} would close it"
+    return f"other machines can reach {settings.host}, port {settings.port}, {risk}; {remedy} would close it"
 
 
 def is_local(host: str) -> bool:

@@ -36,6 +36,7 @@ from urllib.parse import urlsplit
 
 from server.errors import CannotServe, not_installed
 from server.observer import Observer
+from server.settings import bracketed
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Metric
@@ -585,6 +586,5 @@ def start_metrics_server(
     try:
         server = MetricsServer(host, port, registry or prometheus_client.REGISTRY)
     except OSError as error:
-        shown = f"[{host}]" if ":" in host else host
-        raise CannotServe(f"metrics cannot be served on {shown}:{port}: {error.strerror}") from error
+        raise CannotServe(f"metrics cannot be served on {bracketed(host)}:{port}: {error.strerror}") from error
     return server, server.port

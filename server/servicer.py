@@ -133,11 +133,9 @@ def logged(method: str, handle: Callable[[Any, Context], Awaitable[T]]) -> Calla
 def _log_failure(method: str, context: Context, error: BaseException, seconds: float) -> None:
     if not isinstance(error, grpc.aio.AbortError):  # the caller left, or its deadline passed
         if logs.tells_calls():
-            remaining = context.time_remaining()
-            code = "CANCELLED" if remaining is None or remaining > 0 else "DEADLINE_EXCEEDED"
-            _log_call(logging.DEBUG, method, context, code, seconds)
+            _log_call(logging.DEBUG, method, context, code_of_interruption(context), seconds)
         return
-    code = _name_of(context.code())
+    code = code_of(context)
     level = logging.ERROR if code == "INTERNAL" else logging.DEBUG
     if level == logging.ERROR or logs.tells_calls():
         _log_call(level, method, context, code, seconds)
@@ -159,9 +157,16 @@ def _log_call(level: int, method: str, context: Context, code: str, seconds: flo
     )
 
 
-def _name_of(code: object) -> str:
-    """grpc.aio gives a status code as a number, whatever its type says."""
-    return next((each.name for each in grpc.StatusCode if code in (each, each.value[0])), str(code))
+def code_of_interruption(context: Context) -> str:
+    """What a call ends with whose handler was cancelled: its caller left, or its deadline passed."""
+    remaining = context.time_remaining()
+    return "CANCELLED" if remaining is None or remaining > 0 else "DEADLINE_EXCEEDED"
+
+
+def code_of(context: Context) -> str:
+    """The name of the status that a handler gave its call; grpc.aio gives it as a number, whatever its type says."""
+    code: Any = context.code()
+    return next((each.name for each in grpc.StatusCode if code in (each, each.value[0])), "UNKNOWN")
 
 
 async def refuse(context: Context, error: ServiceError) -> NoReturn:

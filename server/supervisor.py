@@ -35,6 +35,7 @@ from server.errors import CannotServe
 from server.observer import Observer
 from server.ports import Reservation
 from server.settings import Settings, bracketed
+from server.signals import Told, unless
 
 logger = logging.getLogger(__name__)
 
@@ -195,15 +196,15 @@ class Supervisor:
             task.cancel()
         for worker in self._workers:
             if worker in self._serving:
-                _tell(worker, "stop")
+                worker.line.tell("stop")
             else:
                 worker.process.kill()
         limit = self._settings.drain_delay + self._settings.grace + LEEWAY_SECONDS
-        if not await _unless(cut_short, self._all_ended(), limit) and cut_short.is_set():
+        if not await unless(cut_short, self._all_ended(), limit) and cut_short.is_set():
             logger.info("told again: not waiting for the calls that go on")
             for worker in self._workers:
-                _tell(worker, "cut_short")
-            await _unless(asyncio.Event(), self._all_ended(), LEEWAY_SECONDS)
+                worker.line.tell("cut_short")
+            await unless(asyncio.Event(), self._all_ended(), LEEWAY_SECONDS)
         for worker in self._workers:
             logger.error("%s has not ended in time, and is killed", worker)
         await self.kill()
@@ -340,7 +341,7 @@ class Supervisor:
                 return
             if asked.exception() is None:
                 await asyncio.sleep(PING_SECONDS)
-        if not await _unless(asyncio.Event(), worker.ended.wait(), LEEWAY_SECONDS):
+        if not await unless(asyncio.Event(), worker.ended.wait(), LEEWAY_SECONDS):
             worker.process.kill()
 
     # One version --------------------------------------------------------------------
@@ -407,26 +408,18 @@ async def supervise(settings: Settings, workers: int) -> None:
     """
     if sys.platform != "linux":
         raise CannotServe("--workers is 1 where the kernel spreads no connections over processes, as on this system")
-    loop = asyncio.get_running_loop()
-    told_to_stop, told_again, told_to_reload = asyncio.Event(), asyncio.Event(), asyncio.Event()
-
-    def stop() -> None:
-        (told_again if told_to_stop.is_set() else told_to_stop).set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
-    loop.add_signal_handler(signal.SIGHUP, told_to_reload.set)
+    told = Told()
     with Reservation(settings.host, settings.port) as reserved, _metrics(settings) as (observer, directory):
         supervisor = Supervisor(
             replace(settings, port=reserved.port), workers, observer=observer, metrics_directory=directory
         )
         try:
-            if await _unless(told_to_stop, supervisor.start()):
+            if await unless(told.to_stop, supervisor.start()):
                 print(f"serving on {reserved.address}", flush=True)
-                watching = supervisor.deployment.watch(settings.reload_interval, told_to_reload)
-                await _unless(told_to_stop, watching)
+                watching = supervisor.deployment.watch(settings.reload_interval, told.to_reload)
+                await unless(told.to_stop, watching)
                 logger.info("draining %d workers for up to %g s", workers, settings.grace)
-                await supervisor.stop(told_again)
+                await supervisor.stop(told.again)
         finally:
             await supervisor.kill()
     logger.info("stopped")
@@ -471,11 +464,6 @@ def _start(arguments: Sequence[str], end: socket.socket, environment: Mapping[st
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def _tell(worker: Worker, question: str) -> None:
-    """Ask without waiting for the answer."""
-    worker.line.ask(question).add_done_callback(lambda asked: asked.cancelled() or asked.exception())
-
-
 def _reap_strangers(ours: set[int]) -> None:
     """As the first process of a container: end the processes for good whose parents are gone."""
     with contextlib.suppress(ChildProcessError):
@@ -483,19 +471,3 @@ def _reap_strangers(ours: set[int]) -> None:
             ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         ) is not None and ended.si_pid not in ours:
             os.waitpid(ended.si_pid, 0)
-
-
-async def _unless(told: asyncio.Event, work: Coroutine[Any, Any, Any], seconds: float | None = None) -> bool:
-    """Whether the work ended before somebody was told, and in time; raises what the work raised, or cancels it."""
-    working = asyncio.create_task(work)
-    telling = asyncio.create_task(told.wait())
-    try:
-        await asyncio.wait((working, telling), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            await working
-            return True
-        return False
-    finally:
-        for task in (working, telling):
-            task.cancel()
-        await asyncio.gather(working, telling, return_exceptions=True)

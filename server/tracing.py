@@ -29,6 +29,7 @@ import grpc
 
 from server.errors import CannotServe
 from server.observer import Observer
+from server.servicer import Context, code_of, code_of_interruption
 from server.settings import Settings
 from server.version import server_version
 
@@ -50,16 +51,14 @@ FAULTS = ("UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILA
 SHUTDOWN_SECONDS = 2.0
 """How long the last spans may take to go out; then they are lost."""
 
-Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
-
 
 def setup(
     settings: Settings, *, processor: SpanProcessor | None = None
 ) -> tuple[Observer, list[grpc.aio.ServerInterceptor], Callable[[], None]]:
     """Make what traces this process: an observer, the interceptors of its server, and what ends it.
 
-    The last one sends what is left, for up to `SHUTDOWN_SECONDS`: call it in a
-    thread. `processor` takes the spans; by default they go out over OTLP.
+    The last one sends what is left, for up to `SHUTDOWN_SECONDS`. `processor`
+    takes the spans; by default they go out over OTLP.
 
     Raises:
         CannotServe: OpenTelemetry is not installed, or cannot be set up as the
@@ -149,11 +148,10 @@ class CallTracer(grpc.aio.ServerInterceptor):
             try:
                 yield
             except asyncio.CancelledError:
-                remaining = context.time_remaining()
-                code = "CANCELLED" if remaining is None or remaining > 0 else "DEADLINE_EXCEEDED"
+                code = code_of_interruption(context)
                 raise
             except BaseException as error:
-                code = _code_of(context)
+                code = code_of(context)
                 if not isinstance(error, grpc.aio.AbortError):
                     code = "UNKNOWN"  # what gRPC answers
                     span.record_exception(error)
@@ -162,12 +160,6 @@ class CallTracer(grpc.aio.ServerInterceptor):
                 span.set_attribute("rpc.grpc.status_code", grpc.StatusCode[code].value[0])
                 if code in FAULTS:
                     span.set_status(trace.StatusCode.ERROR, code)
-
-
-def _code_of(context: Context) -> str:
-    """The name of the status that a handler gave its call."""
-    code: Any = context.code()
-    return next((each.name for each in grpc.StatusCode if code in (each, each.value[0])), "UNKNOWN")
 
 
 def _taken_apart(handler: Handler) -> tuple[Callable[..., Handler], Callable[[Any, Context], Any]]:

@@ -26,6 +26,7 @@ from server.deployment import Served
 from server.errors import CannotServe, not_installed
 from server.loop import run
 from server.settings import Settings
+from server.signals import unless
 from server.threads import in_daemon_thread
 
 if TYPE_CHECKING:
@@ -142,17 +143,12 @@ class Worker:
         logger.info("told to end: draining for up to %g s", self._settings.grace)
         self._told_to_stop.set()
         if self._line is not None:
-            leaving = self._line.ask("leaving")
-            leaving.add_done_callback(lambda told: told.cancelled() or told.exception())
+            self._line.tell("leaving")
 
     async def _drain(self, server: DigitServer) -> None:
         stopping = asyncio.create_task(server.stop(delay=self._settings.drain_delay))
-        telling = asyncio.create_task(self._told_again.wait())
-        await asyncio.wait((stopping, telling), return_when=asyncio.FIRST_COMPLETED)
-        if stopping.done():
-            await stopping
-        else:
-            await server.cut_short()  # and not `stopping`, which may still wait for the delay: the process ends
+        if not await unless(self._told_again, asyncio.shield(stopping)):
+            await server.cut_short()
 
     def _outlive_nobody(self, end: int) -> None:
         """In a thread of its own, as the event loop may be stuck when the supervisor dies."""
