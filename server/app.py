@@ -16,6 +16,7 @@ from digits.snapshot import InvalidCheckpoint, Snapshot, take_snapshot
 from server import admin, authentication, model_admin, open_inference_servicer, servicer
 from server.credentials import server_credentials
 from server.errors import CannotServe, not_installed
+from server.intake import Intake
 from server.limits import connection_options
 from server.observer import Observer, Observers
 from server.open_inference import SERVICE_NAME as OPEN_INFERENCE_NAME
@@ -90,8 +91,11 @@ class DigitServer:
             interceptors=[*interceptors, *authentication.interceptors(settings, self._observer)],
             options=server_options(settings, shares_port=shares_port),
         )
-        servicer.add_to_server(servicer.DigitClassifierServicer(self._service), self._server)
-        open_inference_servicer.add_to_server(open_inference_servicer.OpenInferenceServicer(inference), self._server)
+        intake = Intake(self._service)
+        servicer.add_to_server(servicer.DigitClassifierServicer(self._service, intake), self._server)
+        open_inference_servicer.add_to_server(
+            open_inference_servicer.OpenInferenceServicer(inference, intake), self._server
+        )
         admin.add_to_server(self._health, self._reflection, self._server)
         if exchange is not None:
             model_admin.add_to_server(model_admin.ModelAdminServicer(exchange), self._server)

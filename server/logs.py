@@ -53,13 +53,17 @@ def configure(settings: Settings, *, worker: int | None = None) -> None:
     logging.basicConfig(level=max(level, logging.INFO), handlers=[handler], force=True)
     for name in OURS:
         logging.getLogger(name).setLevel(level)
-    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_not_of_a_header)
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_not_of_a_caller)
     logging.getLogger("py.warnings").addFilter(_is_not_of_a_picture)
 
 
-def _is_not_of_a_header(record: logging.LogRecord) -> bool:
-    """gRPC writes a traceback for each header value that is no UTF-8, and goes on; callers could fill the disk."""
-    return not str(record.msg).startswith("Invalid encoding on")
+def _is_not_of_a_caller(record: logging.LogRecord) -> bool:
+    """gRPC writes a traceback for what a caller did, and goes on; callers could fill the disk.
+
+    It does for each header value that is no UTF-8, and for each answer that it cannot send because
+    the deadline passed or the caller left at that very moment.
+    """
+    return not str(record.msg).startswith(("Invalid encoding on", "ExecuteBatchError raised in core"))
 
 
 def _is_not_of_a_picture(record: logging.LogRecord) -> bool:

@@ -10,8 +10,9 @@ from google.protobuf.message import Message
 
 from protos.inference import grpc_inference_service_pb2 as pb
 from server.errors import ServiceError
+from server.intake import Intake, Methods
 from server.open_inference import SERVICE_NAME, OpenInference
-from server.servicer import Context, logged, message, reader, refuse, writer
+from server.servicer import Context, logged, message, reader, refuse, refusing, writer
 
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
@@ -23,10 +24,12 @@ class OpenInferenceServicer:
     A request is a message, or the error that stands for bytes which are none.
     """
 
-    def __init__(self, service: OpenInference) -> None:
+    def __init__(self, service: OpenInference, intake: Intake) -> None:
         self.service = service
+        self.intake = intake
 
     async def ModelInfer(self, request: pb.ModelInferRequest | ServiceError, context: Context) -> pb.ModelInferResponse:
+        self.intake.read()
         try:
             return await self.service.model_infer(message(request), context.time_remaining())
         except ServiceError as error:
@@ -65,7 +68,8 @@ def add_to_server(servicer: OpenInferenceServicer, server: grpc.aio.Server) -> N
             pb.ModelStreamInferResponse.SerializeToString,
         ),
     }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
+    methods = Methods(SERVICE_NAME, handlers, servicer.intake, ["ModelInfer"], refusing)
+    server.add_generic_rpc_handlers((methods,))
 
 
 def _plain(

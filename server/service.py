@@ -57,6 +57,9 @@ DECODING_RETRY_SECONDS = 1.0
 STREAM_WINDOW_MESSAGES = 2
 """A stream holds up to so many of the longest messages in unanswered frames."""
 
+ROWS_PER_CALL_MEMORY = 16
+"""About so many of the last unary calls tell how large the next one will be."""
+
 PART_ROWS = 64
 """A large request is cut into parts of so many rows, so that a batch has room for parts of other callers."""
 
@@ -85,6 +88,7 @@ class DigitService:
         )
         self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
         self._decoding_bytes = 0  # of the requests that wait for the decoder or are in it
+        self._rows_per_call = 1.0  # of recent unary calls
         self._streams: set[OrderedStream[Any, Any]] = set()
         self._draining = False
 
@@ -135,6 +139,22 @@ class DigitService:
         self._batcher.hurry()
         for stream in self._streams:
             stream.drain()
+
+    def refusal(self, method: str, unread: int) -> ServiceError | None:
+        """Why a unary call is to be refused although nothing is known of it, while `unread` others are being read.
+
+        There will hardly be room in the queue, if they all are like the last ones.
+        """
+        rows = self._rows_per_call
+        queued, limit = self._batcher.queued_rows, self._settings.max_queue_size
+        if queued + (unread + 1) * rows <= limit:
+            return None
+        self.observer.rejected("queue_full", round(rows))
+        self.observer.call_ended(method, Overloaded.code, 0.0)
+        return Overloaded(
+            f"the queue holds {queued} of at most {limit} rows, and {unread} calls are being read: no room for more",
+            self._retry_after(),
+        )
 
     # Methods ------------------------------------------------------------------
 
@@ -281,6 +301,8 @@ class DigitService:
 
     async def _submit(self, rows: Rows, deadline: float | None, flow: Flow | None = None) -> list[Answer[Scores]]:
         """Have rows computed by one model, in parts of at most `PART_ROWS`."""
+        if flow is None:  # a unary call
+            self._rows_per_call += (len(rows) - self._rows_per_call) / ROWS_PER_CALL_MEMORY
         if deadline is None or asyncio.get_running_loop().time() < deadline:
             answer = self._batcher.run_now(rows)
             if answer is not None:

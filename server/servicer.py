@@ -16,6 +16,7 @@ from google.rpc import error_details_pb2, status_pb2
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 from server import logs
 from server.errors import InvalidArgument, ServiceError
+from server.intake import Intake, Methods
 from server.service import CLASSIFY, GET_MODEL, SERVICE_NAME, STREAM_CLASSIFY, DigitService
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
@@ -29,10 +30,12 @@ class DigitClassifierServicer:
     A request is a message, or the error that stands for bytes which are none.
     """
 
-    def __init__(self, service: DigitService) -> None:
+    def __init__(self, service: DigitService, intake: Intake) -> None:
         self._service = service
+        self.intake = intake
 
     async def Classify(self, request: pb.ClassifyRequest | ServiceError, context: Context) -> pb.ClassifyResponse:
+        self.intake.read()
         try:
             return await self._service.classify(message(request), context.time_remaining())
         except ServiceError as error:
@@ -75,7 +78,17 @@ def add_to_server(servicer: DigitClassifierServicer, server: grpc.aio.Server) ->
             logged(GET_MODEL, servicer.GetModel), reader(pb.GetModelRequest), pb.GetModelResponse.SerializeToString
         ),
     }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
+    methods = Methods(SERVICE_NAME, handlers, servicer.intake, ["Classify"], refusing)
+    server.add_generic_rpc_handlers((methods,))
+
+
+def refusing(method: str, error: ServiceError) -> grpc.RpcMethodHandler[Any, Any]:
+    """A handler that ends a call of `package.Service/Method` with an error, and reads no message."""
+
+    async def handle(_: object, context: Context) -> None:
+        await refuse(context, error)
+
+    return grpc.stream_stream_rpc_method_handler(logged(method, handle))
 
 
 def reader(kind: type[M]) -> Callable[[bytes], M | ServiceError]:
@@ -186,7 +199,10 @@ async def refuse(context: Context, error: ServiceError) -> NoReturn:
         metadata.append(("incident-id", error.incident_id))
     if status.details:
         metadata.append(("grpc-status-details-bin", status.SerializeToString()))
-    await context.abort(grpc.StatusCode[error.code], str(error), tuple(metadata))
+    try:
+        await context.abort(grpc.StatusCode[error.code], str(error), tuple(metadata))
+    except grpc.aio.InternalError as failure:  # gRPC could not send; the handler is cancelled a moment later
+        raise asyncio.CancelledError from failure
     raise AssertionError("abort always raises")
 
 

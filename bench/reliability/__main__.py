@@ -16,6 +16,7 @@ SCENARIOS = {
     "deadlines": "a stalled model: what is too late is told so in time, and not computed",
     "cancellation": "many calls, some cancelled at random moments",
     "overload": "three times the load that the server can do",
+    "metrics": "what it costs to count",
     "streams": "clients that never read, that leave, that send bad frames, that want everything",
     "latest_only": "live video that is faster than the server",
     "workers": "several processes: balance, a killed one, added metrics",

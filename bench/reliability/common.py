@@ -262,10 +262,10 @@ class Server:
 
 
 @contextmanager
-def serving(*flags: str, module: str = "server", port: int = 0) -> Iterator[Server]:
+def serving(*flags: str, module: str = "server", port: int = 0, metrics: bool = True) -> Iterator[Server]:
     """Run a server; it is ready when it says so, and is ended when left.
 
-    One worker, unless the flags say otherwise. Metrics are on.
+    One worker, unless the flags say otherwise.
 
     Raises:
         BrokenRule: it does not come to serve, or does not end when told to.
@@ -273,7 +273,7 @@ def serving(*flags: str, module: str = "server", port: int = 0) -> Iterator[Serv
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with log.open("w") as stderr:
-            server = start(*flags, module=module, port=port, stderr=stderr, log=log)
+            server = start(*flags, module=module, port=port, stderr=stderr, log=log, metrics=metrics)
             try:
                 yield server
                 if server.is_alive:
@@ -285,10 +285,12 @@ def serving(*flags: str, module: str = "server", port: int = 0) -> Iterator[Serv
                 _kill(server.process)
 
 
-def start(*flags: str, module: str, port: int, stderr: IO[str], log: Path) -> Server:
+def start(*flags: str, module: str, port: int, stderr: IO[str], log: Path, metrics: bool = True) -> Server:
     """Start a server process that the caller ends; see `serving`."""
     metrics_port = free_port()
-    defaults = {"--workers": "1", "--metrics-port": str(metrics_port), "--log-level": "warning"}
+    defaults = {"--workers": "1", "--log-level": "warning"}
+    if metrics:
+        defaults["--metrics-port"] = str(metrics_port)
     command = [sys.executable, "-m", module, "--port", str(port)]
     for flag, value in defaults.items():
         if flag not in flags:

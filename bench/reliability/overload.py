@@ -2,23 +2,26 @@
 
 Capacity is measured in a closed loop. Then calls are sent at times that were
 set beforehand, whatever the answers do, and latencies count from those times:
-a server that falls behind cannot slow down who measures it.
+a server that falls behind cannot slow down who measures it. As real callers do,
+each has a deadline, and waits on its own side while the server allows no more
+calls on its connection.
 """
 
 from __future__ import annotations
 
-import asyncio
+import base64
 import random
+import selectors
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 
-from bench.reliability import loads
 from bench.reliability.common import (
     HANG_SECONDS,
     QUEUE_GAUGE,
@@ -28,17 +31,23 @@ from bench.reliability.common import (
     Report,
     check_back_to_zero,
     check_health,
-    connect,
     known,
     processes,
     serving,
-    unexpected,
 )
+from bench.scenarios import IMAGES, rows_of
+from bench.wire import Call, Connection
+from protos.mnist.v1 import digit_classifier_pb2 as pb
 
-OVERLOAD = 3.0
-GENERATORS = 2
+CONNECTIONS = 4
+DEADLINE_SECONDS = 1.0
+TIMER_SECONDS = 0.02
+"""By so much gRPC's timers may be early."""
+
 HEALTH_INTERVAL = 0.05
-LOADS = {"256 images": (256, 16), "64 images": (64, 32), "single images": (1, 64)}
+POLL_SECONDS = 0.05
+PATH = "/mnist.v1.DigitClassifier/Classify"
+LOADS = {"256 images": (256, 16), "64 images": (64, 32), "single images": (1, 128)}
 """Images in a call, and calls at a time when capacity is measured: enough to keep the server busy."""
 
 
@@ -49,13 +58,13 @@ class Flood:
     accepted: list[float] = field(default_factory=list)
     """Seconds from the time at which the call was meant to be sent to the answer."""
     refused: list[float] = field(default_factory=list)
-    """The same to the refusal."""
-    cut: Counter[str] = field(default_factory=Counter)
-    """By code: calls that gRPC itself ended, as it does when too many wait to be taken in at all."""
-    behind: list[float] = field(default_factory=list)
-    """How much later than meant the calls were sent: the generator's own delay."""
+    """Seconds from when the call was sent to the refusal."""
+    expired: int = 0
+    """Calls whose deadline passed, sent or not."""
     in_time: int = 0
     """Calls answered while the flood lasted."""
+    share_of_a_core: float = 0.0
+    """What the generator itself took."""
 
 
 @dataclass
@@ -68,121 +77,160 @@ class Checks:
     reason: str = ""
 
 
-def run(report: Report, *, seconds: float = 10.0, images: int = 0) -> None:
-    """Measure capacity, then overload, for `seconds` each and each kind of call; or for calls of so many images."""
+def run(report: Report, *, seconds: float = 10.0, images: int = 0, factor: float = 3.0) -> None:
+    """Measure capacity, then `factor` times that, for `seconds` each and each kind of call; or for so many images."""
     answers = known()
-    with serving() as server, processes(GENERATORS + 1) as pool:
+    with serving() as server, processes(2) as pool:
         for name, (count, callers) in LOADS.items():
             if images not in (0, count):
                 continue
-            tasks = [pool.submit(capacity, server.target, answers, count, callers, seconds) for _ in range(GENERATORS)]
-            rate = sum(task.result() for task in tasks)
-            per_generator = OVERLOAD * rate / GENERATORS
+            rate = pool.submit(capacity, server.target, answers, count, callers, seconds).result()
             begin = time.monotonic() + 0.5
-            checks = pool.submit(health, server.target, begin, seconds)
-            tasks_ = [
-                pool.submit(flood, server.target, answers, count, per_generator, begin, seconds, seed)
-                for seed in range(GENERATORS)
-            ]
-            floods = [task.result() for task in tasks_]
-            accepted = Latencies([latency for one in floods for latency in one.accepted])
-            refused = Latencies([latency for one in floods for latency in one.refused])
-            behind = Latencies([latency for one in floods for latency in one.behind])
-            goodput = sum(one.in_time for one in floods) / seconds
-            healthy = Latencies(checks.result().latencies)
-            refused_checks, reason = checks.result().refused, checks.result().reason
-            report.require(refused_checks == 0, f"{name}: {refused_checks} health checks failed: {reason}")
+            checking = pool.submit(health, server.target, begin, seconds)
+            outcome = pool.submit(flood, server.target, answers, count, factor * rate, begin, seconds).result()
+            checks = checking.result()
+            accepted, refused = Latencies(outcome.accepted), Latencies(outcome.refused)
+            healthy = Latencies(checks.latencies)
+            report.require(checks.refused == 0, f"{name}: {checks.refused} health checks failed: {checks.reason}")
             report.row(f"{name}: capacity", f"{rate:,.0f} calls/s")
             report.row(
-                f"  sent at {OVERLOAD:g} times that: accepted / refused",
-                f"{len(accepted.seconds):,} / {len(refused.seconds):,}",
+                f"  sent at {factor:g} times that: answered / refused / expired",
+                f"{len(accepted.seconds):,} / {len(refused.seconds):,} / {outcome.expired:,}",
             )
-            report.row("  goodput / capacity", f"{goodput / rate:.2f}")
+            report.row("  goodput / capacity", f"{outcome.in_time / seconds / rate:.2f}")
             report.row("  time to refusal, p50 / p99", f"{refused.at(50)} / {refused.at(99)}")
-            report.row("  accepted, p50 / p99", f"{accepted.at(50)} / {accepted.at(99)}")
+            report.row("  answered, p50 / p99", f"{accepted.at(50)} / {accepted.at(99)}")
             report.row(
-                "  health check, p99 / max", f"{healthy.at(99)} / {healthy.at(100)}", f"{len(healthy.seconds)} checks"
+                "  health check, p50 / p99", f"{healthy.at(50)} / {healthy.at(99)}", f"{len(healthy.seconds)} checks"
             )
-            report.row("  the generators' own delay, p50 / p99", f"{behind.at(50)} / {behind.at(99)}")
-            report.require(len(accepted.seconds) > 0, f"{name}: some calls are accepted")
+            report.row("  the generator's own share of a core", f"{outcome.share_of_a_core:.0%}")
+            report.require(len(accepted.seconds) > 0, f"{name}: some calls are answered")
             check_back_to_zero(report, server, QUEUE_GAUGE)
         check_health(report, server)
 
 
+class Requests:
+    """Messages of so many images, and the digits that stand in the answers."""
+
+    def __init__(self, answers: Known, count: int) -> None:
+        (logits,) = answers.logits.values()
+        rows = [rows_of(number, count) for number in range(IMAGES)]
+        self.messages = [answers.request(chosen).SerializeToString() for chosen in rows]
+        self._digits = [logits[chosen].argmax(axis=1).tolist() for chosen in rows]
+
+    def check(self, number: int, call: Call) -> None:
+        """Raise BrokenRule unless the call was answered with the digits of the message of this number."""
+        if (status := call.metadata().get("grpc-status")) != b"0":
+            raise BrokenRule(f"a call ended with {status!r}: {call.metadata().get('grpc-message')!r}")
+        if list(pb.ClassifyResponse.FromString(call.message).digits) != self._digits[number % IMAGES]:
+            raise BrokenRule("an answer has other digits than the network")
+
+
+@contextmanager
+def connections(target: str) -> Iterator[tuple[list[Connection], selectors.BaseSelector]]:
+    """Open connections whose settings have come."""
+    with selectors.DefaultSelector() as selector:
+        opened = [Connection(target, PATH) for _ in range(CONNECTIONS)]
+        for connection in opened:
+            selector.register(connection, selectors.EVENT_READ)
+        try:
+            while not all(connection.is_ready for connection in opened):
+                _exchange(opened, selector, POLL_SECONDS)
+            yield opened, selector
+        finally:
+            for connection in opened:
+                connection.close()
+
+
+def _exchange(opened: Sequence[Connection], selector: selectors.BaseSelector, wait: float) -> list[Call]:
+    """Send what is to be sent, wait for something to come, return the calls that have ended."""
+    ended = [call for connection in opened if connection.wants_to_write for call in connection.exchange()]
+    blocked = any(connection.wants_to_write for connection in opened)
+    for key, _ in selector.select(0.001 if blocked else wait):
+        ended += key.fileobj.exchange()  # type: ignore[union-attr]
+    return ended
+
+
 def capacity(target: str, answers: Known, count: int, callers: int, seconds: float) -> float:
-    """So many callers, each with one call at a time, for so long; return calls a second."""
-
-    async def measure() -> float:
-        done = 0
+    """So many calls under way at a time, for so long; return calls a second."""
+    requests = Requests(answers, count)
+    with connections(target) as (opened, selector):
+        waiting, number, done = callers, 0, 0
         start = time.monotonic()
-
-        async def caller() -> None:
-            nonlocal done
-            while time.monotonic() < start + seconds:
-                await loads.unary(stub, answers, done, count, timeout=HANG_SECONDS)
-                done += 1
-
-        async with connect(target) as channel:
-            stub = loads.stub_of(channel)
-            async with asyncio.TaskGroup() as group:
-                for _ in range(callers):
-                    group.create_task(caller())
+        while time.monotonic() < start + seconds:
+            for connection in opened:
+                while waiting and connection.has_room and len(connection.open) < -(-callers // len(opened)):
+                    connection.call(requests.messages[number % IMAGES], number)
+                    waiting, number = waiting - 1, number + 1
+            for call in _exchange(opened, selector, POLL_SECONDS):
+                waiting += 1
+                if not call.was_not_begun:
+                    requests.check(call.tag, call)
+                    done += 1
         return done / (time.monotonic() - start)
 
-    return asyncio.run(measure())
 
-
-def flood(target: str, answers: Known, count: int, rate: float, begin: float, seconds: float, seed: int) -> Flood:
+def flood(target: str, answers: Known, count: int, rate: float, begin: float, seconds: float) -> Flood:
     """From `begin` on the machine's clock, send calls at random times, `rate` a second on average."""
-    return asyncio.run(_flood(target, answers, count, rate, begin, seconds, seed))
-
-
-async def _flood(
-    target: str, answers: Known, count: int, rate: float, begin: float, seconds: float, seed: int
-) -> Flood:
-    random_ = random.Random(seed)
+    requests = Requests(answers, count)
+    random_ = random.Random(0)
     outcome = Flood()
+    refusals: Counter[bytes] = Counter()
     end = begin + seconds
-    async with connect(target) as channel, asyncio.TaskGroup() as group:
-        stub = loads.stub_of(channel)
-        await channel.channel_ready()
-
-        async def call(number: int, meant: float) -> None:
-            outcome.behind.append(time.monotonic() - meant)
-            try:
-                await loads.unary(stub, answers, number, count, timeout=HANG_SECONDS)
-            except grpc.RpcError as error:
-                if error.code() is grpc.StatusCode.CANCELLED or "RST_STREAM" in (error.details() or ""):
-                    outcome.cut[error.code().name] += 1
-                    return
-                outcome.refused.append(time.monotonic() - meant)
-                _check_refusal(error)
-            else:
+    meant = begin
+    held: deque[float] = deque()  # when each was meant to be sent
+    number = 0
+    started = time.process_time()
+    with connections(target) as (opened, selector):
+        time.sleep(max(begin - time.monotonic(), 0))
+        while (now := time.monotonic()) < end or held or any(connection.open for connection in opened):
+            if now > end + HANG_SECONDS:
+                raise BrokenRule(f"{sum(len(connection.open) for connection in opened)} calls were never answered")
+            while meant < min(now, end):
+                held.append(meant)
+                meant += random_.expovariate(rate)
+            while held and held[0] + DEADLINE_SECONDS <= now:
+                held.popleft()
+                outcome.expired += 1
+            while held and (roomy := [connection for connection in opened if connection.has_room]):
+                first = held.popleft()
+                connection = min(roomy, key=lambda one: len(one.open))
+                timeout = first + DEADLINE_SECONDS - now
+                connection.call(requests.messages[number % IMAGES], (number, first, now), timeout)
+                number += 1
+            wait = POLL_SECONDS if now >= end else min(max(meant - time.monotonic(), 0), POLL_SECONDS)
+            for call in _exchange(opened, selector, wait):
                 now = time.monotonic()
-                outcome.accepted.append(now - meant)
-                outcome.in_time += now < end
-
-        meant = begin
-        number = 0
-        while (meant := meant + random_.expovariate(rate)) < end:
-            if (wait := meant - time.monotonic()) > 0:
-                await asyncio.sleep(wait)
-            group.create_task(call(number, meant))
-            number += 1
-            if number % 16 == 0:
-                await asyncio.sleep(0)  # also when late, or nothing would be sent
+                sent, first, at = call.tag
+                status = call.metadata().get("grpc-status")
+                if call.was_not_begun:
+                    held.appendleft(first)
+                elif status == b"8":
+                    outcome.refused.append(now - at)
+                    refusals[call.headers] += 1
+                elif status == b"4" or call.reset is not None:  # gRPC resets a call whose deadline has passed
+                    outcome.expired += 1
+                    if now < first + DEADLINE_SECONDS - TIMER_SECONDS:
+                        raise BrokenRule(f"a call was ended {now - first:.3f} s after its time, before its deadline")
+                else:
+                    requests.check(sent, call)
+                    outcome.accepted.append(now - first)
+                    outcome.in_time += now < end
+            if now >= end and not any(connection.open for connection in opened):
+                outcome.expired += len(held)
+                break
+        outcome.share_of_a_core = (time.process_time() - started) / seconds
+    for block in refusals:
+        _check_refusal(Call(None, headers=block).metadata())
     return outcome
 
 
-def _check_refusal(error: grpc.RpcError) -> None:
+def _check_refusal(metadata: dict[str, bytes]) -> None:
     """Raise BrokenRule unless this is an overload that says when to come again."""
-    if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
-        unexpected(error, "a call in a flood")
-    trailing: Any = error.trailing_metadata() or ()  # pairs, whatever its type says
-    metadata = dict(trailing)
     if int(metadata.get("grpc-retry-pushback-ms", 0)) <= 0:
         raise BrokenRule("a refusal has no grpc-retry-pushback-ms")
-    status = status_pb2.Status.FromString(metadata.get("grpc-status-details-bin", b""))
+    encoded = metadata.get("grpc-status-details-bin", b"")
+    status = status_pb2.Status.FromString(base64.b64decode(encoded + b"=" * (-len(encoded) % 4)))
     info = error_details_pb2.RetryInfo()
     if not any(detail.Unpack(info) for detail in status.details) or info.retry_delay.ToNanoseconds() <= 0:
         raise BrokenRule("a refusal has no RetryInfo")

@@ -408,6 +408,24 @@ def test_headers_without_an_end_are_answered_and_not_kept(
     check_answers(address)
 
 
+def test_a_call_for_which_there_will_be_no_room_is_refused_before_its_message_comes(
+    server_process: Start, client_of: Callable[[str], RawClient]
+) -> None:
+    address, _ = server_process("--workers", "1", "--max-queue-size", "2")
+    client = client_of(address)
+    path = f"/{SERVICE}/Classify"
+    beginnings = [client.open(path) for _ in range(3)]  # none with a message; two may come to fill the queue
+    client.send(*(opening for _, opening in beginnings))
+    assert status_of(client, beginnings[2][0]) == "8"  # RESOURCE_EXHAUSTED
+    client.send(*(frame(RESET, 0, number, struct.pack(">I", 8)) for number, _ in beginnings[:2]))
+    status = "8"
+    while status == "8":  # until the server has heard that the two are gone
+        number, opening = client.open(path)
+        client.send(opening, frame(DATA, END_STREAM, number, one_image()))
+        status = status_of(client, number)
+    assert status == "0"
+
+
 def test_a_token_that_is_no_text_is_refused_like_any_other(
     server_process: Start, client_of: Callable[[str], RawClient], tmp_path: Path
 ) -> None:

@@ -31,6 +31,7 @@ from server import tensors
 from server.errors import DeadlineExceeded, InvalidArgument, NotFound, NotServing, Overloaded, ServiceError
 from server.inference import Classifier, Scores
 from server.inputs import Rows
+from server.intake import Intake
 from server.observer import Observer, Observers
 from server.open_inference import MAX_ID_BYTES, SERVICE_NAME, OpenInference
 from server.open_inference_servicer import OpenInferenceServicer, add_to_server
@@ -800,7 +801,7 @@ async def test_what_a_cancelled_stream_had_in_the_queue_is_not_computed(held_mod
 async def listening(model: Model | None, **settings: Any) -> AsyncIterator[tuple[Served, grpc.aio.Channel]]:
     async with serving(model, **settings) as served:
         grpc_server = grpc.aio.server()
-        add_to_server(OpenInferenceServicer(served.core), grpc_server)
+        add_to_server(OpenInferenceServicer(served.core, Intake(served.service)), grpc_server)
         port = grpc_server.add_insecure_port("127.0.0.1:0")
         await grpc_server.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:

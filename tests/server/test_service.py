@@ -859,3 +859,37 @@ async def test_a_stream_whose_far_end_is_gone_ends_and_frees_its_work(held_model
         done, _ = await asyncio.wait({task}, timeout=20)
         assert done
         assert task.exception() is not None
+
+
+class Refused(Observer):
+    """Remembers what was refused."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str]] = []
+        self.rows: list[tuple[str, int]] = []
+
+    def call_ended(self, method: str, code: str, seconds: float) -> None:
+        if code == "RESOURCE_EXHAUSTED":
+            self.calls.append((method, code))
+
+    def rejected(self, reason: str, rows: int) -> None:
+        self.rows.append((reason, rows))
+
+
+async def test_a_call_like_the_last_ones_is_refused_unread_if_there_will_be_no_room_for_it() -> None:
+    refused = Refused()
+    async with serving(Model(), refused, max_queue_size=256, max_wait_ms=60_000) as service:
+        assert service.refusal("some/Method", unread=255) is None, "calls of one image, as far as is known"
+        waiting = [asyncio.create_task(service.classify(request_of(slice(0, 8)))) for _ in range(30)]
+        await asyncio.sleep(0)
+        assert service.refusal("some/Method", unread=1) is None  # 240 wait, and each has about 7
+        error = service.refusal("some/Method", unread=2)
+        assert isinstance(error, Overloaded)
+        assert "the queue holds 240 of at most 256 rows, and 2 calls are being read" in str(error)
+        assert (error.retry_after_seconds or 0) > 0
+        assert refused.calls == [("some/Method", "RESOURCE_EXHAUSTED")]
+        assert refused.rows == [("queue_full", 7)]
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert service.refusal("some/Method", unread=2) is None

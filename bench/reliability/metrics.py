@@ -1,0 +1,29 @@
+"""What metrics cost: two servers that differ in nothing else, measured in turn."""
+
+from __future__ import annotations
+
+import statistics
+
+from bench.reliability.common import Report, check_health, known, processes, serving
+from bench.reliability.overload import capacity
+
+CALLERS = 64
+
+
+def run(report: Report, *, rounds: int = 15, seconds: float = 3.0) -> None:
+    """Have 64 callers of single images ask both servers, for `seconds` a round."""
+    answers = known()
+    with serving() as on, serving(metrics=False) as off, processes(1) as pool:
+        ratios = []
+        rates: dict[str, list[float]] = {on.target: [], off.target: []}
+        for number in range(rounds):
+            for server in (on, off) if number % 2 == 0 else (off, on):
+                rate = pool.submit(capacity, server.target, answers, 1, CALLERS, seconds).result()
+                rates[server.target].append(rate)
+            ratios.append(rates[on.target][-1] / rates[off.target][-1])
+        report.row("calls/s with metrics", f"{statistics.median(rates[on.target]):,.0f}")
+        report.row("  without", f"{statistics.median(rates[off.target]):,.0f}")
+        low, _, high = statistics.quantiles(ratios, n=4)
+        report.row("  ratio, median", f"{statistics.median(ratios):.3f}", f"half of them from {low:.3f} to {high:.3f}")
+        check_health(report, on)
+        check_health(report, off)

@@ -1,0 +1,69 @@
+"""Refusing calls before their message is read.
+
+To read a message of 256 images and refuse it costs half of what it costs to
+answer it. So a unary call for which there will hardly be room ends before: by
+then gRPC has taken in its headers, and of its message what came with them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeAlias
+
+import grpc
+
+from server.errors import ServiceError
+from server.service import DigitService
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+class Intake:
+    """Knows the calls that have come and whose messages are being read."""
+
+    def __init__(self, service: DigitService) -> None:
+        self._service = service
+        self._unread: set[asyncio.Task[Any]] = set()
+
+    def begin(self, method: str) -> ServiceError | None:
+        """Take note of the current task's call of `package.Service/Method`, or tell why it is to be refused."""
+        if (error := self._service.refusal(method, len(self._unread))) is not None:
+            return error
+        task = asyncio.current_task()
+        assert task is not None
+        self._unread.add(task)
+        task.add_done_callback(self._unread.discard)  # the caller may leave before all has come
+        return None
+
+    def read(self) -> None:
+        """The current task has its message."""
+        self._unread.discard(asyncio.current_task())
+
+
+class Methods(grpc.GenericRpcHandler):
+    """The methods of a gRPC service, of which some are refused unread.
+
+    gRPC asks for a call's handler before it reads its message, and reads none
+    for a handler of streams.
+    """
+
+    def __init__(
+        self,
+        service_name: str,
+        handlers: Mapping[str, Handler],
+        intake: Intake,
+        refusable: Collection[str],
+        refusing: Callable[[str, ServiceError], Handler],
+    ) -> None:
+        """`handlers` by the methods' names, some of which are `refusable`; `refusing` makes a handler that does it."""
+        self._handlers = {f"/{service_name}/{name}": handler for name, handler in handlers.items()}
+        self._refusable = {f"/{service_name}/{name}": f"{service_name}/{name}" for name in refusable}
+        self._intake = intake
+        self._refusing = refusing
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler | None:
+        path = handler_call_details.method
+        if (method := self._refusable.get(path)) and (error := self._intake.begin(method)) is not None:
+            return self._refusing(method, error)
+        return self._handlers.get(path)
