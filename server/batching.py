@@ -39,7 +39,7 @@ from server.observer import Observer
 
 logger = logging.getLogger(__name__)
 
-ENOUGH_ITEMS = 16
+ENOUGH_ITEMS = 32
 """So many gathered items are worth no more waiting: larger batches make an image hardly cheaper."""
 
 FEW_ITEMS = 8
@@ -143,6 +143,7 @@ class DynamicBatcher(Generic[Item, Result]):
         inline_size: batches of up to this many rows run on the event loop
             itself, larger ones in a thread. A thread costs more than a small
             batch takes, but leaves the loop free meanwhile.
+        company: tells whether more items than those here are known to be coming.
         observer: is told what happens.
     """
 
@@ -154,6 +155,7 @@ class DynamicBatcher(Generic[Item, Result]):
         max_wait_ms: float = 0,
         max_queue_size: int,
         inline_size: int = 0,
+        company: Callable[[], bool] = lambda: False,
         observer: Observer | None = None,
     ) -> None:
         self._run_batch = run_batch
@@ -161,6 +163,7 @@ class DynamicBatcher(Generic[Item, Result]):
         self._max_wait_seconds = max_wait_ms / 1000
         self._max_queue_size = max_queue_size
         self._inline_size = inline_size
+        self._company = company
         self._observer = observer or Observer()
         self._queue: list[_Entry[Item, Result]] = []  # a heap; those that left it otherwise are still in it
         self._entries = 0  # in the queue, without those that left it
@@ -169,7 +172,7 @@ class DynamicBatcher(Generic[Item, Result]):
         self._queued_rows = 0
         self._expected = 1  # items that the next batch waits for; with 1, it takes what is there
         self._since_look = 0  # batches
-        self._came_soon = False  # the first item of the next batch, sooner than its caller could send another one
+        self._in_company = False  # the first item of the next batch
         self._wake_at = 1  # items; what waits for items is woken by no fewer
         self._hurried = False
         self._ended = 0.0  # when the last batch was computed
@@ -244,8 +247,8 @@ class DynamicBatcher(Generic[Item, Result]):
             return None
         if self._entries or self._busy_since is not None or self._task is None or self._expected > 1:
             return None
-        if self._since_look >= LOOK_EVERY and time.monotonic() - self._ended < ROUND_TRIP_SECONDS:
-            return None  # that was another caller: see how many there are
+        if self._since_look >= LOOK_EVERY and self._several_callers():
+            return None  # see how many there are
         self._since_look += 1
         token = self._observer.queued(rows)
         try:
@@ -286,7 +289,7 @@ class DynamicBatcher(Generic[Item, Result]):
         loop = asyncio.get_running_loop()
         now = loop.time()
         if not self._entries:
-            self._came_soon = time.monotonic() - self._ended < ROUND_TRIP_SECONDS
+            self._in_company = self._several_callers()
         flow = flow or Flow()
         futures = []
         for item in items:
@@ -308,6 +311,10 @@ class DynamicBatcher(Generic[Item, Result]):
         if self._entries >= self._wake_at or self._queued_rows >= self._max_batch_size:
             self._arrived.set()
         return futures
+
+    def _several_callers(self) -> bool:
+        """Whether an item that comes now shows that there is more than one caller."""
+        return self._company() or time.monotonic() - self._ended < ROUND_TRIP_SECONDS
 
     async def submit(self, item: Item, *, deadline: float | None = None, flow: Flow | None = None) -> Answer[Result]:
         """Enqueue one item and wait for its answer.
@@ -367,7 +374,7 @@ class DynamicBatcher(Generic[Item, Result]):
         """
         self._since_look += 1
         expected = min(self._expected, ENOUGH_ITEMS)
-        if self._since_look > LOOK_EVERY and self._came_soon and self._inline_size:
+        if self._since_look > LOOK_EVERY and self._in_company and self._inline_size:
             self._since_look = 0
             expected = ENOUGH_ITEMS
         if expected == 1:

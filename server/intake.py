@@ -20,25 +20,24 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 class Intake:
-    """Knows the calls that have come and whose messages are being read."""
+    """Tells the service which unary calls have come, before their messages have."""
 
     def __init__(self, service: DigitService) -> None:
         self._service = service
-        self._unread: set[asyncio.Task[Any]] = set()
 
     def begin(self, method: str) -> ServiceError | None:
         """Take note of the current task's call of `package.Service/Method`, or tell why it is to be refused."""
-        if (error := self._service.refusal(method, len(self._unread))) is not None:
+        if (error := self._service.refusal(method)) is not None:
             return error
         task = asyncio.current_task()
         assert task is not None
-        self._unread.add(task)
-        task.add_done_callback(self._unread.discard)  # the caller may leave before all has come
+        self._service.arriving.add(task)
+        task.add_done_callback(self._service.arriving.discard)  # the caller may leave before all has come
         return None
 
     def read(self) -> None:
         """The current task has its message."""
-        self._unread.discard(asyncio.current_task())
+        self._service.arriving.discard(asyncio.current_task())
 
 
 class Methods(grpc.GenericRpcHandler):

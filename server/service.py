@@ -77,6 +77,8 @@ class DigitService:
     def __init__(self, settings: Settings, observer: Observer | None = None) -> None:
         self._settings = settings
         self.observer = observer or Observer()
+        self.arriving: set[asyncio.Task[Any]] = set()
+        """Unary calls whose messages are being read, by their tasks; the transport tells."""
         self._classifier: Classifier | None = None
         self._batcher: DynamicBatcher[Rows, Scores] = DynamicBatcher(
             self._run_batch,
@@ -84,6 +86,7 @@ class DigitService:
             max_wait_ms=settings.max_wait_ms,
             max_queue_size=settings.max_queue_size,
             inline_size=INLINE_SIZE if settings.device == "cpu" else 0,  # other devices may keep the loop waiting
+            company=lambda: bool(self.arriving),
             observer=self.observer,
         )
         self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
@@ -140,12 +143,12 @@ class DigitService:
         for stream in self._streams:
             stream.drain()
 
-    def refusal(self, method: str, unread: int) -> ServiceError | None:
-        """Why a unary call is to be refused although nothing is known of it, while `unread` others are being read.
+    def refusal(self, method: str) -> ServiceError | None:
+        """Why a unary call of which nothing else is known is to be refused, if so.
 
-        There will hardly be room in the queue, if they all are like the last ones.
+        There will hardly be room in the queue, if it and those that arrive are like the last ones.
         """
-        rows = self._rows_per_call
+        rows, unread = self._rows_per_call, len(self.arriving)
         queued, limit = self._batcher.queued_rows, self._settings.max_queue_size
         if queued + (unread + 1) * rows <= limit:
             return None

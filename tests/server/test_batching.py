@@ -75,6 +75,7 @@ def batcher_of(
     max_wait_ms: float = 0,
     max_queue_size: int = 100,
     inline_size: int = 0,
+    company: Callable[[], bool] = lambda: False,
     observer: Observer | None = None,
 ) -> Batcher:
     return DynamicBatcher(
@@ -83,6 +84,7 @@ def batcher_of(
         max_wait_ms=max_wait_ms,
         max_queue_size=max_queue_size,
         inline_size=inline_size,
+        company=company,
         observer=observer,
     )
 
@@ -380,6 +382,21 @@ async def test_items_that_come_sooner_than_one_caller_could_are_put_together_aft
         await asyncio.gather(*(caller(value) for value in range(LOOK_EVERY + 8)))
         assert engine.rows == [[1]] * LOOK_EVERY + [[1] * 8]
         assert batcher.run_now([1]) is None, "the next ones are waited for, too"
+
+
+async def test_items_that_come_while_others_are_coming_are_put_together_after_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server.batching, "ROUND_TRIP_SECONDS", 0.0)
+    engine = Engine()
+    coming = False
+    async with batcher_of(engine, max_batch_size=16, inline_size=16, company=lambda: coming) as batcher:
+        for _ in range(2 * LOOK_EVERY):
+            assert batcher.run_now([1]) is not None
+        coming = True
+        assert batcher.run_now([1]) is None
+        await asyncio.gather(*batcher.enqueue([[1]] * 8))
+        assert engine.rows[-1] == [1] * 8
 
 
 async def test_a_caller_who_takes_its_time_is_never_put_together_with_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -879,17 +879,21 @@ class Refused(Observer):
 async def test_a_call_like_the_last_ones_is_refused_unread_if_there_will_be_no_room_for_it() -> None:
     refused = Refused()
     async with serving(Model(), refused, max_queue_size=256, max_wait_ms=60_000) as service:
-        assert service.refusal("some/Method", unread=255) is None, "calls of one image, as far as is known"
+        others = [asyncio.create_task(asyncio.sleep(60)) for _ in range(255)]
+        service.arriving |= set(others)
+        assert service.refusal("some/Method") is None, "calls of one image, as far as is known"
+        service.arriving &= set(others[:1])
         waiting = [asyncio.create_task(service.classify(request_of(slice(0, 8)))) for _ in range(30)]
         await asyncio.sleep(0)
-        assert service.refusal("some/Method", unread=1) is None  # 240 wait, and each has about 7
-        error = service.refusal("some/Method", unread=2)
+        assert service.refusal("some/Method") is None  # 240 wait, and each has about 7
+        service.arriving.add(others[1])
+        error = service.refusal("some/Method")
         assert isinstance(error, Overloaded)
         assert "the queue holds 240 of at most 256 rows, and 2 calls are being read" in str(error)
         assert (error.retry_after_seconds or 0) > 0
         assert refused.calls == [("some/Method", "RESOURCE_EXHAUSTED")]
         assert refused.rows == [("queue_full", 7)]
-        for task in waiting:
+        for task in waiting + others:
             task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
-        assert service.refusal("some/Method", unread=2) is None
+        await asyncio.gather(*waiting, *others, return_exceptions=True)
+        assert service.refusal("some/Method") is None
