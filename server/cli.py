@@ -15,6 +15,7 @@ from server import exposure, logs
 from server.cpus import usable_cpus
 from server.errors import CannotServe, not_installed
 from server.loop import run
+from server.memory import use_one_arena
 from server.settings import InvalidSetting, Settings, read_settings
 
 
@@ -69,6 +70,7 @@ def _serve(settings: Settings, workers: int) -> None:
     """
     # Of NumPy's products, as of torch's: the threads of a product would wait for cores that others work on.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    use_one_arena()
     for warning in exposure.warnings(settings):
         logging.getLogger(__name__).warning("%s", warning)
     try:

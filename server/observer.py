@@ -7,7 +7,7 @@ have to be quick, and they must not raise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -54,56 +54,37 @@ class Observer:
 
 
 class Observers(Observer):
-    """Several as one."""
+    """Several as one; who does not listen to an event costs it nothing."""
 
     def __init__(self, observers: Sequence[Observer]) -> None:
-        self._observers = observers
+        """Take them in the order in which they are told.
 
-    def call_ended(self, method: str, code: str, seconds: float) -> None:
-        for observer in self._observers:
-            observer.call_ended(method, code, seconds)
+        Raises:
+            ValueError: several of them return something from `queued`; only one can get it back.
+        """
+        for event in (name for name in vars(Observer) if not name.startswith("_")):
+            listeners = [listener for observer in observers if (listener := _listener(observer, event)) is not None]
+            if event == "queued" and len(listeners) > 1:
+                raise ValueError("only one observer can have something come back with a batch")
+            setattr(self, event, listeners[0] if len(listeners) == 1 else _to_all(listeners))
 
-    def stream_opened(self) -> None:
-        for observer in self._observers:
-            observer.stream_opened()
 
-    def stream_closed(self) -> None:
-        for observer in self._observers:
-            observer.stream_closed()
+def _listener(observer: Observer, event: str) -> Callable[..., Any] | None:
+    """The observer's method for an event, unless it is one that does nothing."""
+    method: Callable[..., Any] = getattr(observer, event)
+    return None if method is _nothing or getattr(method, "__func__", None) is getattr(Observer, event) else method
 
-    def frames_dropped(self, frames: int) -> None:
-        for observer in self._observers:
-            observer.frames_dropped(frames)
 
-    def rejected(self, reason: str, rows: int) -> None:
-        for observer in self._observers:
-            observer.rejected(reason, rows)
+def _to_all(listeners: Sequence[Callable[..., Any]]) -> Callable[..., None]:
+    if not listeners:
+        return _nothing
 
-    def queued(self, rows: int) -> tuple[Any, ...]:
-        return tuple(observer.queued(rows) for observer in self._observers)
+    def tell(*arguments: Any, **named: Any) -> None:
+        for listener in listeners:
+            listener(*arguments, **named)
 
-    def queue_changed(self, rows: int) -> None:
-        for observer in self._observers:
-            observer.queue_changed(rows)
+    return tell
 
-    def dropped(self, reason: str, rows: int) -> None:
-        for observer in self._observers:
-            observer.dropped(reason, rows)
 
-    def batch_ended(
-        self, rows: int, tokens: Sequence[Any], queue_seconds: Sequence[float], compute_seconds: float, failed: bool
-    ) -> None:
-        for index, observer in enumerate(self._observers):
-            observer.batch_ended(rows, [token[index] for token in tokens], queue_seconds, compute_seconds, failed)
-
-    def model_served(self, version: str) -> None:
-        for observer in self._observers:
-            observer.model_served(version)
-
-    def reload_ended(self, outcome: str) -> None:
-        for observer in self._observers:
-            observer.reload_ended(outcome)
-
-    def health_changed(self, serving: bool) -> None:
-        for observer in self._observers:
-            observer.health_changed(serving)
+def _nothing(*_: Any, **__: Any) -> None:
+    """Nobody listens."""

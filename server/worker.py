@@ -25,6 +25,7 @@ from server.control import Fields, Line, LineLost
 from server.deployment import Served
 from server.errors import CannotServe, not_installed
 from server.loop import run
+from server.memory import use_one_arena
 from server.settings import Settings
 from server.signals import unless
 from server.threads import in_daemon_thread
@@ -167,6 +168,7 @@ def main(arguments: Sequence[str]) -> None:
     """Work, with the worker's number and the file descriptor of the socket as arguments."""
     for kind in (signal.SIGINT, signal.SIGHUP):  # of a terminal, they go to all processes: the supervisor decides
         signal.signal(kind, signal.SIG_IGN)
+    use_one_arena()
     number, end = map(int, arguments)
     run(Worker(number).work(socket.socket(fileno=end)))
     sys.stderr.flush()

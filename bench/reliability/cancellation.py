@@ -31,7 +31,7 @@ STREAM_SHARE = 0.25
 CALLERS = 64
 
 
-def run(report: Report, *, calls: int = 10_000, seed: int = 0, memory_limit: float = 0.05) -> None:
+def run(report: Report, *, calls: int = 30_000, seed: int = 0, memory_limit: float = 0.05) -> None:
     """Send the calls; a quarter are streams of ten messages."""
     answers = known()
     # A queue in which all that is in flight has room: a refusal would not be a fault.
