@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import socket
 import struct
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ import hpack
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
-END_STREAM, ACK, END_HEADERS = 1, 1, 4
+END_STREAM, ACK, END_HEADERS, PADDED, PRIORITY = 1, 1, 4, 8, 32
 HEADER_TABLE_SIZE, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE = 1, 3, 4
 """Settings."""
 
@@ -46,6 +47,8 @@ class Call:
     """The last header block, where a status stands."""
     reset: int | None = None
     """The error code with which the server reset the stream."""
+    ended_at: float = 0.0
+    """When its end was received, on the machine's monotonic clock."""
 
     @property
     def was_not_begun(self) -> bool:
@@ -165,6 +168,7 @@ class Connection:
 
     def _take(self, ended: list[Call]) -> None:
         received, start = self._received, 0
+        now = time.monotonic()
         while len(received) - start >= 9:
             length, kind = int.from_bytes(received[start : start + 3]), received[start + 3]
             end = start + 9 + length
@@ -173,6 +177,10 @@ class Connection:
             flags, stream = received[start + 4], int.from_bytes(received[start + 5 : start + 9])
             content = bytes(received[start + 9 : end])
             start = end
+            if (kind in (DATA, HEADERS) and flags & (PADDED | PRIORITY)) or (
+                kind == HEADERS and not flags & END_HEADERS
+            ):
+                raise ConnectionEnded("the server uses what this client does not understand")
             if kind not in (DATA, HEADERS, RST_STREAM):
                 self._obey(kind, flags, stream, content)
                 continue
@@ -187,6 +195,7 @@ class Connection:
             if kind == RST_STREAM or flags & END_STREAM:
                 del self.open[stream], self._windows[stream]
                 self._refused = call.was_not_begun
+                call.ended_at = now
                 ended.append(call)
         del received[:start]
 
@@ -218,7 +227,6 @@ def _frame(kind: int, flags: int, stream: int, content: bytes | memoryview) -> b
     return b"".join((struct.pack(">IBI", len(content) << 8 | kind, flags, stream), content))
 
 
-@functools.cache
 def _literal(name: str, value: str) -> bytes:
     """A header field that no table remembers (RFC 7541, 6.2.2)."""
     encoded = [name.encode(), value.encode()]

@@ -25,19 +25,18 @@ class Intake:
     def __init__(self, service: DigitService) -> None:
         self._service = service
 
-    def begin(self, method: str) -> ServiceError | None:
-        """Take note of the current task's call of `package.Service/Method`, or tell why it is to be refused."""
-        if (error := self._service.refusal(method)) is not None:
-            return error
+    def announce(self, method: str) -> ServiceError | None:
+        """The current task's call of `package.Service/Method` has come; return why it is refused, if it is."""
         task = asyncio.current_task()
         assert task is not None
-        self._service.arriving.add(task)
-        task.add_done_callback(self._service.arriving.discard)  # the caller may leave before all has come
+        if (error := self._service.announce(task, method)) is not None:
+            return error
+        task.add_done_callback(self._service.arrived)  # the caller may leave before all has come
         return None
 
-    def read(self) -> None:
+    def arrived(self) -> None:
         """The current task has its message."""
-        self._service.arriving.discard(asyncio.current_task())
+        self._service.arrived(asyncio.current_task())
 
 
 class Methods(grpc.GenericRpcHandler):
@@ -63,6 +62,6 @@ class Methods(grpc.GenericRpcHandler):
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler | None:
         path = handler_call_details.method
-        if (method := self._refusable.get(path)) and (error := self._intake.begin(method)) is not None:
+        if (method := self._refusable.get(path)) and (error := self._intake.announce(method)) is not None:
             return self._refusing(method, error)
         return self._handlers.get(path)

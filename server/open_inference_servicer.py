@@ -29,7 +29,7 @@ class OpenInferenceServicer:
         self.intake = intake
 
     async def ModelInfer(self, request: pb.ModelInferRequest | ServiceError, context: Context) -> pb.ModelInferResponse:
-        self.intake.read()
+        self.intake.arrived()
         try:
             return await self.service.model_infer(message(request), context.time_remaining())
         except ServiceError as error:

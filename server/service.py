@@ -12,7 +12,8 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
@@ -57,8 +58,14 @@ DECODING_RETRY_SECONDS = 1.0
 STREAM_WINDOW_MESSAGES = 2
 """A stream holds up to so many of the longest messages in unanswered frames."""
 
-ROWS_PER_CALL_MEMORY = 16
-"""About so many of the last unary calls tell how large the next one will be."""
+RECENT_CALLS = 16
+"""So many of the last unary calls tell how small the next one may be."""
+
+UNREAD_SECONDS = 0.05
+"""A message that takes longer is on a slow way, and not in one's way."""
+
+COMPANY_SECONDS = 0.002
+"""For so long after its headers a call shows that there are several callers."""
 
 PART_ROWS = 64
 """A large request is cut into parts of so many rows, so that a batch has room for parts of other callers."""
@@ -77,8 +84,8 @@ class DigitService:
     def __init__(self, settings: Settings, observer: Observer | None = None) -> None:
         self._settings = settings
         self.observer = observer or Observer()
-        self.arriving: set[asyncio.Task[Any]] = set()
-        """Unary calls whose messages are being read, by their tasks; the transport tells."""
+        self._announced: dict[Hashable, float] = {}  # unary calls whose messages are being read, and since when
+        self._recent_rows = deque([1], maxlen=RECENT_CALLS)  # in the unary calls that were read last
         self._classifier: Classifier | None = None
         self._batcher: DynamicBatcher[Rows, Scores] = DynamicBatcher(
             self._run_batch,
@@ -86,12 +93,11 @@ class DigitService:
             max_wait_ms=settings.max_wait_ms,
             max_queue_size=settings.max_queue_size,
             inline_size=INLINE_SIZE if settings.device == "cpu" else 0,  # other devices may keep the loop waiting
-            company=lambda: bool(self.arriving),
+            company=self._has_company,
             observer=self.observer,
         )
         self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
         self._decoding_bytes = 0  # of the requests that wait for the decoder or are in it
-        self._rows_per_call = 1.0  # of recent unary calls
         self._streams: set[OrderedStream[Any, Any]] = set()
         self._draining = False
 
@@ -143,21 +149,39 @@ class DigitService:
         for stream in self._streams:
             stream.drain()
 
-    def refusal(self, method: str) -> ServiceError | None:
-        """Why a unary call of which nothing else is known is to be refused, if so.
+    # Calls that arrive ----------------------------------------------------------
 
-        There will hardly be room in the queue, if it and those that arrive are like the last ones.
+    def announce(self, call: Hashable, method: str) -> ServiceError | None:
+        """A unary call has come and its message has not; return why it is refused, if it is.
+
+        It is if at least half of the queue is taken, and what is left would not
+        do even if this call and those that are being read are no larger than
+        the smallest of the last ones. So no call is refused for its size that
+        is smaller than all those, nor for calls that are announced and not
+        sent. `enqueue` knows exactly, once the message is here.
         """
-        rows, unread = self._rows_per_call, len(self.arriving)
-        queued, limit = self._batcher.queued_rows, self._settings.max_queue_size
-        if queued + (unread + 1) * rows <= limit:
-            return None
-        self.observer.rejected("queue_full", round(rows))
-        self.observer.call_ended(method, Overloaded.code, 0.0)
-        return Overloaded(
-            f"the queue holds {queued} of at most {limit} rows, and {unread} calls are being read: no room for more",
-            self._retry_after(),
-        )
+        now = time.monotonic()
+        queued, limit, rows = self._batcher.queued_rows, self._settings.max_queue_size, min(self._recent_rows)
+        if 2 * queued >= limit:
+            unread = sum(now - since < UNREAD_SECONDS for since in self._announced.values())
+            if queued + min(unread * rows, limit // 2) + rows > limit:
+                self.observer.rejected("queue_full", rows)
+                self.observer.call_ended(method, Overloaded.code, 0.0)
+                return Overloaded(
+                    f"the queue holds {queued} of at most {limit} rows, and {unread} calls are being read: "
+                    "no room for one like the last ones",
+                    self._retry_after(),
+                )
+        self._announced[call] = now
+        return None
+
+    def arrived(self, call: Hashable) -> None:
+        """The message of a call is here, or will never be."""
+        self._announced.pop(call, None)
+
+    def _has_company(self) -> bool:
+        """Whether a call has come just now and its message is still being read."""
+        return bool(self._announced) and time.monotonic() - next(reversed(self._announced.values())) < COMPANY_SECONDS
 
     # Methods ------------------------------------------------------------------
 
@@ -305,7 +329,7 @@ class DigitService:
     async def _submit(self, rows: Rows, deadline: float | None, flow: Flow | None = None) -> list[Answer[Scores]]:
         """Have rows computed by one model, in parts of at most `PART_ROWS`."""
         if flow is None:  # a unary call
-            self._rows_per_call += (len(rows) - self._rows_per_call) / ROWS_PER_CALL_MEMORY
+            self._recent_rows.append(len(rows))
         if deadline is None or asyncio.get_running_loop().time() < deadline:
             answer = self._batcher.run_now(rows)
             if answer is not None:

@@ -35,7 +35,7 @@ class DigitClassifierServicer:
         self.intake = intake
 
     async def Classify(self, request: pb.ClassifyRequest | ServiceError, context: Context) -> pb.ClassifyResponse:
-        self.intake.read()
+        self.intake.arrived()
         try:
             return await self._service.classify(message(request), context.time_remaining())
         except ServiceError as error:

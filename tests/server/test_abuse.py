@@ -411,19 +411,34 @@ def test_headers_without_an_end_are_answered_and_not_kept(
 def test_a_call_for_which_there_will_be_no_room_is_refused_before_its_message_comes(
     server_process: Start, client_of: Callable[[str], RawClient]
 ) -> None:
-    address, _ = server_process("--workers", "1", "--max-queue-size", "2")
+    address, _ = server_process("--workers", "1", "--max-queue-size", "2", "--max-wait-ms", "60000")
     client = client_of(address)
     path = f"/{SERVICE}/Classify"
-    beginnings = [client.open(path) for _ in range(3)]  # none with a message; two may come to fill the queue
-    client.send(*(opening for _, opening in beginnings))
-    assert status_of(client, beginnings[2][0]) == "8"  # RESOURCE_EXHAUSTED
-    client.send(*(frame(RESET, 0, number, struct.pack(">I", 8)) for number, _ in beginnings[:2]))
-    status = "8"
-    while status == "8":  # until the server has heard that the two are gone
+    for _ in range(2):  # these stay in the queue, in a window of a minute
         number, opening = client.open(path)
         client.send(opening, frame(DATA, END_STREAM, number, one_image()))
+    status = "4"
+    while status == "4":  # until the two are there
+        number, opening = client.open(path, ("grpc-timeout", "20m"))
+        client.send(opening, frame(DATA, END_STREAM, number, one_image()))
         status = status_of(client, number)
-    assert status == "0"
+    assert status == "8"  # RESOURCE_EXHAUSTED
+    number, opening = client.open(path)
+    client.send(opening)
+    assert status_of(client, number) == "8"
+
+
+def test_calls_whose_messages_never_come_keep_nobody_out(
+    server_process: Start, client_of: Callable[[str], RawClient]
+) -> None:
+    address, _ = server_process("--workers", "1")
+    with grpc.insecure_channel(address) as channel:
+        stub: Any = pb_grpc.DigitClassifierStub(channel)
+        for _ in range(20):  # so that calls are taken for large ones
+            stub.Classify(pb.ClassifyRequest(pixels=bytes(1024 * 784)), timeout=TIMEOUT)
+    client = client_of(address)
+    client.send(*(client.open(f"/{SERVICE}/Classify")[1] for _ in range(100)))
+    check_answers(address)
 
 
 def test_a_token_that_is_no_text_is_refused_like_any_other(

@@ -380,7 +380,7 @@ async def test_a_full_queue_is_refused_at_once_with_hints_when_to_try_again(gold
         await arrived(classifier)
         error = await refusal(classifier.Classify(pixels(golden[0][:1]), timeout=TIMEOUT))
         assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-        words = "the queue holds 2 of at most 2 rows, and 0 calls are being read: no room for more"
+        words = "the queue holds 2 of at most 2 rows, and 0 calls are being read: no room for one like the last ones"
         assert error.details() == words
         delay = detail_of(error, error_details_pb2.RetryInfo()).retry_delay
         pushback = metadata_of(error)["grpc-retry-pushback-ms"]

@@ -22,7 +22,7 @@ from server.errors import DeadlineExceeded, Internal, InvalidArgument, NotServin
 from server.inference import Classifier, Scores
 from server.inputs import Rows, decode
 from server.observer import Observer
-from server.service import DigitService
+from server.service import RECENT_CALLS, DigitService
 from server.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("no_stray_errors")
@@ -876,24 +876,50 @@ class Refused(Observer):
         self.rows.append((reason, rows))
 
 
+async def waiting_calls(service: DigitService, count: int, images: int) -> AsyncIterator[None]:
+    """So many calls stand in the queue, in a window."""
+    tasks = [asyncio.create_task(service.classify(request_of(slice(0, images)))) for _ in range(count)]
+    await asyncio.sleep(0)
+    yield
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def test_a_call_like_the_last_ones_is_refused_unread_if_there_will_be_no_room_for_it() -> None:
     refused = Refused()
-    async with serving(Model(), refused, max_queue_size=256, max_wait_ms=60_000) as service:
-        others = [asyncio.create_task(asyncio.sleep(60)) for _ in range(255)]
-        service.arriving |= set(others)
-        assert service.refusal("some/Method") is None, "calls of one image, as far as is known"
-        service.arriving &= set(others[:1])
-        waiting = [asyncio.create_task(service.classify(request_of(slice(0, 8)))) for _ in range(30)]
-        await asyncio.sleep(0)
-        assert service.refusal("some/Method") is None  # 240 wait, and each has about 7
-        service.arriving.add(others[1])
-        error = service.refusal("some/Method")
+    async with (
+        serving(Model(), refused, max_queue_size=256, max_wait_ms=60_000) as service,
+        asynccontextmanager(waiting_calls)(service, 30, 8),  # 240 rows
+    ):
+        assert service.announce("first", "some/Method") is None
+        error = service.announce("second", "some/Method")
+        assert error is None, "248 with the first, 256 with this one"
+        error = service.announce("third", "some/Method")
         assert isinstance(error, Overloaded)
         assert "the queue holds 240 of at most 256 rows, and 2 calls are being read" in str(error)
         assert (error.retry_after_seconds or 0) > 0
         assert refused.calls == [("some/Method", "RESOURCE_EXHAUSTED")]
-        assert refused.rows == [("queue_full", 7)]
-        for task in waiting + others:
-            task.cancel()
-        await asyncio.gather(*waiting, *others, return_exceptions=True)
-        assert service.refusal("some/Method") is None
+        assert refused.rows == [("queue_full", 8)]
+        service.arrived("first")
+        assert service.announce("fourth", "some/Method") is None
+
+
+async def test_no_call_is_refused_unread_for_the_size_of_others() -> None:
+    async with (
+        serving(Model(), max_queue_size=256, max_wait_ms=60_000) as service,
+        asynccontextmanager(waiting_calls)(service, 30, 8),
+        asynccontextmanager(waiting_calls)(service, 1, 1),  # so the next one may be as small
+    ):
+        for number in range(15):
+            assert service.announce(number, "some/Method") is None
+        assert service.announce("no row is left", "some/Method") is not None
+
+
+async def test_calls_that_are_announced_and_never_sent_refuse_nobody() -> None:
+    async with serving(Model(), max_queue_size=256, max_wait_ms=60_000) as service:
+        for _ in range(RECENT_CALLS):
+            async for _ in waiting_calls(service, 1, 256):
+                pass
+        for number in range(1000):
+            assert service.announce(number, "some/Method") is None
