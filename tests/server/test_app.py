@@ -8,7 +8,7 @@ import socket
 import struct
 import threading
 import zlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Hashable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -27,8 +27,10 @@ import server.service
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 from protos.mnist.v1 import digit_classifier_pb2_grpc as pb_grpc
 from server.app import DigitServer, build_server
+from server.errors import ServiceError
 from server.inference import Classifier, Scores
 from server.inputs import Rows
+from server.service import DigitService
 from server.settings import Settings
 
 Golden = tuple[npt.NDArray[np.uint8], list[int]]
@@ -351,6 +353,51 @@ async def test_bytes_that_are_no_message_are_refused_without_python_text(
     assert "DecodeError" not in details
     assert "class" not in details
     check_digits(await classifier_at(channel).Classify(pixels(golden[0]), timeout=TIMEOUT), golden[1])
+
+
+async def test_no_call_that_was_announced_is_waited_for_when_it_is_over(
+    golden: Golden, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announced: list[Hashable] = []
+    known = asyncio.Event()
+    announce = DigitService.announce
+
+    def remembered(service: DigitService, call: Hashable, method: str) -> ServiceError | None:
+        announced.append(call)
+        known.set()
+        return announce(service, call, method)
+
+    over: list[Hashable] = []
+    here = DigitService.arrived
+
+    def remembered_too(service: DigitService, call: Hashable) -> None:
+        over.append(call)
+        here(service, call)
+
+    monkeypatch.setattr(DigitService, "announce", remembered)
+    monkeypatch.setattr(DigitService, "arrived", remembered_too)
+
+    async def nothing() -> AsyncIterator[bytes]:
+        await asyncio.sleep(TIMEOUT)
+        yield b""
+
+    async with server_of() as (_, address), grpc.aio.insecure_channel(address) as channel:
+        classifier = classifier_at(channel)
+        await classifier.Classify(pixels(golden[0]), timeout=TIMEOUT)
+        await refusal(classifier.Classify(pb.ClassifyRequest(), timeout=TIMEOUT))
+        raw: Any = channel.unary_unary(f"/{SERVICE}/Classify")
+        await refusal(raw(b"\xff", timeout=TIMEOUT))
+        await refusal(classifier.Classify(pb.ClassifyRequest(pixels=bytes(20_000_000)), timeout=TIMEOUT))
+        silent: Any = channel.stream_unary(f"/{SERVICE}/Classify")  # its headers come, and nothing else
+        error = await refusal(silent(nothing(), timeout=0.05))
+        assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        known.clear()
+        left = silent(nothing(), timeout=TIMEOUT)
+        await known.wait()
+        left.cancel()
+        await arrived(classifier)
+    assert len(set(announced)) >= 6
+    assert set(announced) <= set(over)
 
 
 async def test_a_bug_ends_in_internal_with_an_incident_and_no_python_text(
