@@ -161,8 +161,9 @@ class DigitService:
         sent. `enqueue` knows exactly, once the message is here.
         """
         now = time.monotonic()
-        queued, limit, rows = self._batcher.queued_rows, self._settings.max_queue_size, min(self._recent_rows)
+        queued, limit = self._batcher.queued_rows, self._settings.max_queue_size
         if 2 * queued >= limit:
+            rows = min(self._recent_rows)
             unread = sum(now - since < UNREAD_SECONDS for since in self._announced.values())
             if queued + min(unread * rows, limit // 2) + rows > limit:
                 self.observer.rejected("queue_full", rows)

@@ -265,7 +265,7 @@ class Server:
 def serving(*flags: str, module: str = "server", port: int = 0, metrics: bool = True) -> Iterator[Server]:
     """Run a server; it is ready when it says so, and is ended when left.
 
-    One worker, unless the flags say otherwise.
+    One worker, unless the flags say otherwise; without `metrics`, gauges cannot be asked for.
 
     Raises:
         BrokenRule: it does not come to serve, or does not end when told to.

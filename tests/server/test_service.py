@@ -876,6 +876,7 @@ class Refused(Observer):
         self.rows.append((reason, rows))
 
 
+@asynccontextmanager
 async def waiting_calls(service: DigitService, count: int, images: int) -> AsyncIterator[None]:
     """So many calls stand in the queue, in a window."""
     tasks = [asyncio.create_task(service.classify(request_of(slice(0, images)))) for _ in range(count)]
@@ -890,7 +891,7 @@ async def test_a_call_like_the_last_ones_is_refused_unread_if_there_will_be_no_r
     refused = Refused()
     async with (
         serving(Model(), refused, max_queue_size=256, max_wait_ms=60_000) as service,
-        asynccontextmanager(waiting_calls)(service, 30, 8),  # 240 rows
+        waiting_calls(service, 30, 8),  # 240 rows
     ):
         assert service.announce("first", "some/Method") is None
         error = service.announce("second", "some/Method")
@@ -908,8 +909,8 @@ async def test_a_call_like_the_last_ones_is_refused_unread_if_there_will_be_no_r
 async def test_no_call_is_refused_unread_for_the_size_of_others() -> None:
     async with (
         serving(Model(), max_queue_size=256, max_wait_ms=60_000) as service,
-        asynccontextmanager(waiting_calls)(service, 30, 8),
-        asynccontextmanager(waiting_calls)(service, 1, 1),  # so the next one may be as small
+        waiting_calls(service, 30, 8),
+        waiting_calls(service, 1, 1),  # so the next one may be as small
     ):
         for number in range(15):
             assert service.announce(number, "some/Method") is None
@@ -919,7 +920,7 @@ async def test_no_call_is_refused_unread_for_the_size_of_others() -> None:
 async def test_calls_that_are_announced_and_never_sent_refuse_nobody() -> None:
     async with serving(Model(), max_queue_size=256, max_wait_ms=60_000) as service:
         for _ in range(RECENT_CALLS):
-            async for _ in waiting_calls(service, 1, 256):
+            async with waiting_calls(service, 1, 256):
                 pass
         for number in range(1000):
             assert service.announce(number, "some/Method") is None
