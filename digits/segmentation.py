@@ -1,0 +1,269 @@
+"""Find the digit in a picture: which pixels are its ink, and how strong it is there.
+
+Paper is never even: it has shadows, a gradient, lines, an edge with a table
+behind it; next to the digit there are specks and parts of other digits. So the
+paper is taken away first, as it is around each pixel, then what is left is
+parted into connected pieces, and those that make up the digit are chosen.
+
+Whether the ink is darker or brighter than the paper, and above which strength
+it begins, is not decided beforehand: each combination gives a choice of pieces,
+and the choice that looks most like one written digit is taken.
+
+Knows nothing of files, of canonical pixels or of what digits look like.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from digits import morphology
+from digits.components import Components
+from digits.morphology import Grey
+
+WORKING_SIDE = 144
+"""Pixels of the longer side to which pictures are scaled before their ink is looked for."""
+
+MAX_ENLARGEMENT = 4
+"""Small pictures are enlarged by a whole number up to this, so that their strokes are several pixels wide."""
+
+PAPER_WINDOW = 0.3
+"""What is narrower than this part of the picture's longer side is taken for ink, what is wider for paper."""
+
+MIN_STRENGTH = 5
+"""Ink differs from the paper around it by more than this, of 255."""
+
+CONVINCING = 0.6
+"""A choice that is this much like a written digit is taken without a look at others."""
+
+SMALL = 0.45
+"""A digit that is shorter than this part of the working side is looked at again from nearer."""
+
+Bools: TypeAlias = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Ink:
+    """The ink of a digit; all arrays show the same part of the picture."""
+
+    picture: Grey
+    """The part that was looked at, or its negative, at the scale of the arrays below: `uint8[h, w]`."""
+
+    strength: Grey
+    """By how much each pixel differs from the paper around it, towards the ink: `uint8[h, w]`."""
+
+    mask: Bools
+    """The pixels of the digit: `bool[h, w]`, at least one."""
+
+    threshold: int
+    """The strength above which a pixel was taken for ink."""
+
+    is_dark: bool
+    """Whether the ink is darker than the paper."""
+
+
+@dataclass(frozen=True)
+class _Choice:
+    strength: Grey
+    mask: Bools
+    threshold: int
+    is_dark: bool
+    likeness: float
+    """From 0 to 1: how much the pieces look like one written digit."""
+    quality: float
+    """The same times the mean strength of the ink."""
+
+
+def find_ink(grey: Grey) -> Ink | None:
+    """Find the digit in a grey picture `uint8[h, w]`; None if there is no ink in it."""
+    # There is less ink than paper nearly always: of a picture and its negative the darker one is
+    # looked at, so that both give the same, and its bright ink is tried first.
+    negative = float(grey.mean()) > 127.5
+    if negative:
+        grey = 255 - grey
+    scaled = to_working_side(grey)
+    choice = _best_choice(scaled)
+    if choice is None:
+        return None
+    top, bottom, left, right = box_of(choice.mask)
+    scale = max(grey.shape) / max(scaled.shape)
+    longer = max(bottom - top, right - left)
+    if longer < SMALL * max(scaled.shape) and scale > 1.3:
+        return _look_closer(grey, choice, scale, (top, bottom, left, right), negative)
+    return Ink(scaled, choice.strength, choice.mask, choice.threshold, choice.is_dark != negative)
+
+
+def to_working_side(grey: Grey) -> Grey:
+    """Scaled so that the longer side is about `WORKING_SIDE`."""
+    height, width = grey.shape
+    longer = max(height, width)
+    if longer > WORKING_SIDE:
+        scale = WORKING_SIDE / longer
+        return morphology.resize(grey, max(1, round(width * scale)), max(1, round(height * scale)))
+    enlargement = min(MAX_ENLARGEMENT, WORKING_SIDE // longer)
+    return morphology.resize(grey, width * enlargement, height * enlargement) if enlargement > 1 else grey
+
+
+def box_of(mask: Bools) -> tuple[int, int, int, int]:
+    """Top, bottom, left and right of what is true; bottom and right are the first beyond it."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+
+
+# Paper ----------------------------------------------------------------------
+
+
+def ink_strength(grey: Grey) -> Grey:
+    """By how much each pixel is brighter than the paper around it.
+
+    The paper is the morphological opening: what remains when everything that is
+    brighter than its surroundings and narrower than `PAPER_WINDOW` is taken
+    away. It follows gradients and the edges of shadows, at whatever angle.
+    """
+    paper = morphology.open(morphology.smooth(grey), int(PAPER_WINDOW * max(grey.shape)) | 1)
+    strength = np.maximum(grey, paper) - paper
+    # Noise lifts bare paper over the opening, which is its lower edge.
+    noise = strength.dtype.type(morphology.percentile(strength, 50))
+    result: Grey = np.maximum(strength, noise) - noise
+    return result
+
+
+# Choosing -------------------------------------------------------------------
+
+
+def _best_choice(grey: Grey) -> _Choice | None:
+    best: _Choice | None = None
+    for is_dark, toward in ((False, grey), (True, 255 - grey)):
+        for choice in _choices(toward, is_dark):
+            if best is None or choice.quality > best.quality:
+                best = choice
+        if best is not None and best.likeness > CONVINCING:
+            break
+    return best
+
+
+def _choices(grey: Grey, is_dark: bool) -> list[_Choice]:
+    """At Otsu's threshold, and, if that gives no convincing choice, at Otsu's threshold of what lies above it."""
+    strength = ink_strength(grey)
+    counts = np.bincount(strength.ravel(), minlength=256)
+    threshold = morphology.otsu(counts)
+    choices: list[_Choice] = []
+    for weight in (1.0, 0.9):
+        threshold = max(threshold, MIN_STRENGTH)
+        if (choice := _choose(grey, strength, is_dark, threshold, weight)) is None:
+            break
+        choices.append(choice)
+        counts[: threshold + 1] = 0
+        if choice.likeness > CONVINCING or counts.sum() < 20:
+            break
+        threshold = morphology.otsu(counts)
+    return choices
+
+
+def _choose(grey: Grey, strength: Grey, is_dark: bool, threshold: int, weight: float) -> _Choice | None:
+    """The pieces above a threshold that make up the digit."""
+    parts = Components(strength > threshold, strength)
+    if not parts.count:
+        return None
+    height, width = strength.shape
+    heights, widths = parts.bottom - parts.top, parts.right - parts.left
+    spans = np.maximum(heights, widths)
+    away = np.minimum(np.hypot(parts.center_y / height - 0.5, parts.center_x / width - 0.5) / 0.6, 1)
+    touches = parts.on_border > 0
+    clutter = _is_clutter(parts, heights, widths)
+
+    # The heaviest piece, in the middle rather than at the edge, is the digit or most of it.
+    score = parts.mass * (1 - 0.9 * away) * np.where(touches, 0.5, 1) * np.where(clutter, 0.02, 1)
+    main = int(score.argmax())
+    span = spans[main]
+
+    # Others belong to it if they are near: the bar of a 5, what a dry pen left out.
+    gap_y = np.maximum(np.maximum(parts.top - parts.bottom[main], parts.top[main] - parts.bottom), 0)
+    gap_x = np.maximum(np.maximum(parts.left - parts.right[main], parts.left[main] - parts.right), 0)
+    chosen = (gap_x <= 0.12 * span) & (gap_y <= 0.25 * span) & (parts.mass >= 0.03 * parts.mass[main]) & ~clutter
+    if not touches[main]:
+        # What comes in from outside is part of something else, unless it all but touches.
+        chosen &= ~touches | ((np.hypot(gap_x, gap_y) < 0.05 * span) & (parts.mass < 0.5 * parts.mass[main]))
+    chosen[main] = True
+    mask = parts.mask(chosen)
+
+    likeness = (
+        weight
+        * _likeness_to_stroke(parts, main, int(span))
+        * (0.1 if clutter[main] else 1)
+        * (1 - 0.8 * min(1.0, parts.on_border[main] / span))
+        * (1 - 0.5 * float(away[main]))
+        * min(max(span / max(height, width) / 0.08, 0.2), 1)
+        * _rarity(grey, mask) ** 3
+    )
+    return _Choice(strength, mask, threshold, is_dark, likeness, likeness * float(strength[mask].mean()))
+
+
+def _is_clutter(parts: Components, heights: Any, widths: Any) -> Bools:
+    """Which pieces are no writing: edges of a sheet, ruled lines, frames."""
+    height, width = parts.shape
+    along_edge = parts.on_border > 0.5 * np.maximum(heights, widths)
+    everywhere = (heights == height) & (widths == width)
+    ruled = (widths > 0.9 * width) & (heights < 0.15 * height)
+    upright = (heights == height) & (widths < 0.06 * width)
+    clutter: Bools = along_edge | everywhere | ruled | upright
+    for large in np.flatnonzero((heights > 0.6 * height) & (widths > 0.6 * width) & ~clutter):
+        clutter[large] = _is_frame(parts, large)
+    return clutter
+
+
+def _is_frame(parts: Components, index: Any) -> bool:
+    """Whether a piece is drawn along all four sides of its box, as no digit is."""
+    piece = parts.mask(np.arange(parts.count) == index)
+    piece = piece[parts.top[index] : parts.bottom[index], parts.left[index] : parts.right[index]]
+    near = max(1, max(parts.shape) // 40)
+    sides = (piece[:near].any(0), piece[-near:].any(0), piece[:, :near].any(1), piece[:, -near:].any(1))
+    return min(float(side.mean()) for side in sides) > 0.75
+
+
+def _likeness_to_stroke(parts: Components, main: int, span: int) -> float:
+    """1 for a piece whose strokes are thin beside its size, 0.05 for a blot."""
+    piece = parts.mask(np.arange(parts.count) == main)
+    piece = piece[parts.top[main] : parts.bottom[main], parts.left[main] : parts.right[main]]
+    return min(max((0.45 - morphology.stroke_width(piece) / span) / 0.15, 0.05), 1)
+
+
+def _rarity(grey: Grey, mask: Bools) -> float:
+    """How little of the rest of the picture is as bright as the ink.
+
+    The hole of a 0 differs from the stroke around it as much as the stroke from
+    the paper, but it is as bright as all the paper outside.
+    """
+    level = morphology.percentile(grey[mask], 60)
+    bright = grey >= level
+    inside = int(np.count_nonzero(bright & mask))
+    outside = grey.size - int(np.count_nonzero(mask))
+    return max(0.02, 1 - (int(np.count_nonzero(bright)) - inside) / max(outside, 1))
+
+
+# Small digits ---------------------------------------------------------------
+
+
+def _look_closer(grey: Grey, choice: _Choice, scale: float, box: tuple[int, int, int, int], negative: bool) -> Ink:
+    """The chosen pieces, and nothing else, in a part of the picture with more pixels to them."""
+    top, bottom, left, right = box
+    height, width = choice.mask.shape
+    margin = 0.35 * max(bottom - top, right - left) + 2
+    y0, y1 = max(0.0, top - margin), min(float(height), bottom + margin)
+    x0, x1 = max(0.0, left - margin), min(float(width), right + margin)
+    crop = to_working_side(grey[int(y0 * scale) : int(y1 * scale) + 1, int(x0 * scale) : int(x1 * scale) + 1])
+
+    rows = np.clip((y0 + (np.arange(crop.shape[0]) + 0.5) / crop.shape[0] * (y1 - y0)).astype(int), 0, height - 1)
+    columns = np.clip((x0 + (np.arange(crop.shape[1]) + 0.5) / crop.shape[1] * (x1 - x0)).astype(int), 0, width - 1)
+    around = morphology.dilate(choice.mask.view(np.uint8), 3)[rows[:, None], columns] > 0
+    strength = ink_strength(255 - crop if choice.is_dark else crop)
+    found = strength[around]
+    threshold = min(
+        morphology.otsu(np.bincount(strength.ravel(), minlength=256)), int(morphology.percentile(found, 90) * 0.6)
+    )
+    threshold = max(threshold, MIN_STRENGTH // 2)
+    mask = (strength > threshold) & around
+    return Ink(crop, strength, mask if mask.any() else around, threshold, choice.is_dark != negative)
