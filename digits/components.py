@@ -25,7 +25,7 @@ class Components:
         mass: sum of the weights over its pixels.
         top, bottom, left, right: its box; bottom and right are the first beyond it.
         center_y, center_x: mean row and column of its pixels.
-        on_border: how many of its pixels lie on the image's edge.
+        on_edge: how many of its pixels lie on one of the image's four edges, that where it has the most.
     """
 
     def __init__(self, mask: npt.NDArray[np.bool_], weights: npt.NDArray[np.uint8]) -> None:
@@ -61,9 +61,13 @@ class Components:
         self.right: Ints = np.maximum.reduceat(column + lengths, first)
         self.center_y: Floats = np.add.reduceat(row * lengths, first) / self.area
         self.center_x: Floats = np.add.reduceat((column + (lengths - 1) / 2) * lengths, first) / self.area
-        sides = (column == 0).astype(np.intp) + (column + lengths == width)
-        ends = np.where((row == 0) | (row == height - 1), lengths, 0)
-        self.on_border: Ints = np.add.reduceat(sides + ends, first)
+        edges_met = [
+            np.where(row == 0, lengths, 0),
+            np.where(row == height - 1, lengths, 0),
+            column == 0,
+            column + lengths == width,
+        ]
+        self.on_edge: Ints = np.max([np.add.reduceat(met, first, dtype=np.intp) for met in edges_met], axis=0)
 
     def mask(self, chosen: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         """The pixels of the components that `chosen`, `bool[count]`, names: `bool[h, w]`."""

@@ -20,18 +20,25 @@ _SMOOTHING = ImageFilter.Kernel((3, 3), (1, 2, 1, 2, 4, 2, 1, 2, 1))
 
 
 def dilate(image: Grey, size: int) -> Grey:
-    """The brightest in a square of `size` (odd) pixels around each pixel; the edge is continued outwards."""
+    """The brightest in a square of `size` (odd) pixels around each pixel."""
     return _running(_running(image, size, np.maximum), size, np.maximum, axis=1)
 
 
 def erode(image: Grey, size: int) -> Grey:
-    """The darkest in a square of `size` (odd) pixels around each pixel; the edge is continued outwards."""
+    """The darkest in a square of `size` (odd) pixels around each pixel; outside of the image it is black."""
     return _running(_running(image, size, np.minimum), size, np.minimum, axis=1)
 
 
 def open(image: Grey, size: int) -> Grey:
-    """Without what is brighter than its surroundings and narrower than `size` (odd) pixels."""
-    return dilate(erode(image, size), size)
+    """Without what is brighter than its surroundings and narrower than `size` pixels.
+
+    The brightest that a square of that size can be filled with around each
+    pixel. It lies wholly in the image, so that something bright at the edge is
+    not taken to go on outside; where it does not fit in, it is as large as does.
+    """
+    height, width = (min(size, side) - 1 + min(size, side) % 2 for side in image.shape)
+    eroded = _running(_running(image, height, np.minimum), width, np.minimum, axis=1)
+    return _running(_running(eroded, height, np.maximum), width, np.maximum, axis=1)
 
 
 def grow(image: Grey, radius: float) -> Grey:
@@ -90,13 +97,13 @@ def stroke_width(strength: npt.NDArray[Any]) -> float:
 
 
 def _running(image: Grey, size: int, extreme: Callable[[Any, Any], Any], axis: int = 0) -> Grey:
-    """The extreme of `size` pixels along one axis, those around each pixel."""
+    """The extreme of `size` (odd) pixels along one axis, those around each pixel, with 0 outside."""
     lines = image if axis == 0 else image.T
     half = size // 2
     padded = np.empty((len(lines) + 2 * half, lines.shape[1]), np.uint8)
-    padded[:half] = lines[0]
+    padded[:half] = 0
     padded[half : half + len(lines)] = lines
-    padded[half + len(lines) :] = lines[-1]
+    padded[half + len(lines) :] = 0
     have = 1
     while have < size:
         step = min(have, size - have)

@@ -30,14 +30,22 @@ WORKING_SIDE = 144
 MAX_ENLARGEMENT = 4
 """Small pictures are enlarged by a whole number up to this, so that their strokes are several pixels wide."""
 
-PAPER_WINDOW = 0.3
-"""What is narrower than this part of the picture's longer side is taken for ink, what is wider for paper."""
+PAPER_WINDOWS = (0.3, 0.7)
+"""What is narrower than this part of the picture's longer side is taken for ink, what is wider for paper.
+
+The wider window is for strokes that are thick beside the picture, and sees more of shadows."""
 
 MIN_STRENGTH = 5
 """Ink differs from the paper around it by more than this, of 255."""
 
+MIN_WINDOW = 6
+"""Pixels of the picture as it was given; in the smallest pictures strokes are up to three wide, and blurred."""
+
 CONVINCING = 0.6
 """A choice that is this much like a written digit is taken without a look at others."""
+
+TRUSTED = 0.5
+"""Strokes up to this part of the paper's window are seen whole."""
 
 SMALL = 0.45
 """A digit that is shorter than this part of the working side is looked at again from nearer."""
@@ -75,6 +83,7 @@ class _Choice:
     """From 0 to 1: how much the pieces look like one written digit."""
     quality: float
     """The same times the mean strength of the ink."""
+    is_convincing: bool
 
 
 def find_ink(grey: Grey) -> Ink | None:
@@ -85,11 +94,11 @@ def find_ink(grey: Grey) -> Ink | None:
     if negative:
         grey = 255 - grey
     scaled = to_working_side(grey)
-    choice = _best_choice(scaled)
+    scale = max(grey.shape) / max(scaled.shape)
+    choice = _best_choice(scaled, scale)
     if choice is None:
         return None
     top, bottom, left, right = box_of(choice.mask)
-    scale = max(grey.shape) / max(scaled.shape)
     longer = max(bottom - top, right - left)
     if longer < SMALL * max(scaled.shape) and scale > 1.3:
         return _look_closer(grey, choice, scale, (top, bottom, left, right), negative)
@@ -116,44 +125,51 @@ def box_of(mask: Bools) -> tuple[int, int, int, int]:
 # Paper ----------------------------------------------------------------------
 
 
-def ink_strength(grey: Grey) -> Grey:
+def ink_strength(grey: Grey, window: int) -> Grey:
     """By how much each pixel is brighter than the paper around it.
 
     The paper is the morphological opening: what remains when everything that is
-    brighter than its surroundings and narrower than `PAPER_WINDOW` is taken
+    brighter than its surroundings and narrower than `window` pixels is taken
     away. It follows gradients and the edges of shadows, at whatever angle.
     """
-    paper = morphology.open(morphology.smooth(grey), int(PAPER_WINDOW * max(grey.shape)) | 1)
+    paper = morphology.open(morphology.smooth(grey), window)
     strength = np.maximum(grey, paper) - paper
     # Noise lifts bare paper over the opening, which is its lower edge.
-    noise = strength.dtype.type(morphology.percentile(strength, 50))
+    noise = strength.dtype.type(morphology.percentile(strength, 25))
     result: Grey = np.maximum(strength, noise) - noise
     return result
+
+
+def _window(grey: Grey, part: float, scale: float) -> int:
+    """A part of the longer side in pixels, but never so few of the picture's own that a stroke could fill it."""
+    return max(int(part * max(grey.shape)), round(MIN_WINDOW / scale)) | 1
 
 
 # Choosing -------------------------------------------------------------------
 
 
-def _best_choice(grey: Grey) -> _Choice | None:
+def _best_choice(grey: Grey, scale: float) -> _Choice | None:
     best: _Choice | None = None
-    for is_dark, toward in ((False, grey), (True, 255 - grey)):
-        for choice in _choices(toward, is_dark):
-            if best is None or choice.quality > best.quality:
-                best = choice
-        if best is not None and best.likeness > CONVINCING:
+    for part in PAPER_WINDOWS:
+        window = _window(grey, part, scale)
+        for is_dark, toward in ((False, grey), (True, 255 - grey)):
+            for choice in _choices(toward, is_dark, window):
+                if best is None or choice.quality > best.quality:
+                    best = choice
+        if best is not None and best.is_convincing:
             break
     return best
 
 
-def _choices(grey: Grey, is_dark: bool) -> list[_Choice]:
+def _choices(grey: Grey, is_dark: bool, window: int) -> list[_Choice]:
     """At Otsu's threshold, and, if that gives no convincing choice, at Otsu's threshold of what lies above it."""
-    strength = ink_strength(grey)
+    strength = ink_strength(grey, window)
     counts = np.bincount(strength.ravel(), minlength=256)
     threshold = morphology.otsu(counts)
     choices: list[_Choice] = []
-    for weight in (1.0, 0.9):
+    for weight in (1.0, 0.6):
         threshold = max(threshold, MIN_STRENGTH)
-        if (choice := _choose(grey, strength, is_dark, threshold, weight)) is None:
+        if (choice := _choose(grey, strength, is_dark, window, threshold, weight)) is None:
             break
         choices.append(choice)
         counts[: threshold + 1] = 0
@@ -163,7 +179,7 @@ def _choices(grey: Grey, is_dark: bool) -> list[_Choice]:
     return choices
 
 
-def _choose(grey: Grey, strength: Grey, is_dark: bool, threshold: int, weight: float) -> _Choice | None:
+def _choose(grey: Grey, strength: Grey, is_dark: bool, window: int, threshold: int, weight: float) -> _Choice | None:
     """The pieces above a threshold that make up the digit."""
     parts = Components(strength > threshold, strength)
     if not parts.count:
@@ -172,7 +188,7 @@ def _choose(grey: Grey, strength: Grey, is_dark: bool, threshold: int, weight: f
     heights, widths = parts.bottom - parts.top, parts.right - parts.left
     spans = np.maximum(heights, widths)
     away = np.minimum(np.hypot(parts.center_y / height - 0.5, parts.center_x / width - 0.5) / 0.6, 1)
-    touches = parts.on_border > 0
+    touches = parts.on_edge > 0
     clutter = _is_clutter(parts, heights, widths)
 
     # The heaviest piece, in the middle rather than at the edge, is the digit or most of it.
@@ -190,22 +206,26 @@ def _choose(grey: Grey, strength: Grey, is_dark: bool, threshold: int, weight: f
     chosen[main] = True
     mask = parts.mask(chosen)
 
+    stroke = _stroke_width(parts, main)
     likeness = (
         weight
-        * _likeness_to_stroke(parts, main, int(span))
+        * min(max((0.45 - stroke / span) / 0.15, 0.05), 1)  # 1 for thin strokes, next to nothing for a blot
         * (0.1 if clutter[main] else 1)
-        * (1 - 0.8 * min(1.0, parts.on_border[main] / span))
+        * (1 - 0.8 * min(1.0, parts.on_edge[main] / span))
         * (1 - 0.5 * float(away[main]))
         * min(max(span / max(height, width) / 0.08, 0.2), 1)
         * _rarity(grey, mask) ** 3
     )
-    return _Choice(strength, mask, threshold, is_dark, likeness, likeness * float(strength[mask].mean()))
+    # Strokes that are nearly as wide as the window have lost a part of themselves to the paper.
+    is_whole = stroke < TRUSTED * window
+    quality = likeness * float(strength[mask].mean())
+    return _Choice(strength, mask, threshold, is_dark, likeness, quality, is_whole and likeness > CONVINCING)
 
 
 def _is_clutter(parts: Components, heights: Any, widths: Any) -> Bools:
     """Which pieces are no writing: edges of a sheet, ruled lines, frames."""
     height, width = parts.shape
-    along_edge = parts.on_border > 0.5 * np.maximum(heights, widths)
+    along_edge = parts.on_edge > 0.5 * np.maximum(heights, widths)
     everywhere = (heights == height) & (widths == width)
     ruled = (widths > 0.9 * width) & (heights < 0.15 * height)
     upright = (heights == height) & (widths < 0.06 * width)
@@ -224,11 +244,9 @@ def _is_frame(parts: Components, index: Any) -> bool:
     return min(float(side.mean()) for side in sides) > 0.75
 
 
-def _likeness_to_stroke(parts: Components, main: int, span: int) -> float:
-    """1 for a piece whose strokes are thin beside its size, 0.05 for a blot."""
+def _stroke_width(parts: Components, main: int) -> float:
     piece = parts.mask(np.arange(parts.count) == main)
-    piece = piece[parts.top[main] : parts.bottom[main], parts.left[main] : parts.right[main]]
-    return min(max((0.45 - morphology.stroke_width(piece) / span) / 0.15, 0.05), 1)
+    return morphology.stroke_width(piece[parts.top[main] : parts.bottom[main], parts.left[main] : parts.right[main]])
 
 
 def _rarity(grey: Grey, mask: Bools) -> float:
@@ -259,7 +277,7 @@ def _look_closer(grey: Grey, choice: _Choice, scale: float, box: tuple[int, int,
     rows = np.clip((y0 + (np.arange(crop.shape[0]) + 0.5) / crop.shape[0] * (y1 - y0)).astype(int), 0, height - 1)
     columns = np.clip((x0 + (np.arange(crop.shape[1]) + 0.5) / crop.shape[1] * (x1 - x0)).astype(int), 0, width - 1)
     around = morphology.dilate(choice.mask.view(np.uint8), 3)[rows[:, None], columns] > 0
-    strength = ink_strength(255 - crop if choice.is_dark else crop)
+    strength = ink_strength(255 - crop if choice.is_dark else crop, _window(crop, PAPER_WINDOWS[-1], scale))
     found = strength[around]
     threshold = min(
         morphology.otsu(np.bincount(strength.ravel(), minlength=256)), int(morphology.percentile(found, 90) * 0.6)

@@ -20,7 +20,7 @@ def training_parser() -> argparse.ArgumentParser:
         usage="python -m trainer [train] [flags]\n       python -m trainer evaluate --weights PATH [flags]",
         description="Train weights for the server on MNIST. The epoch with the best validation accuracy is kept, "
         f"measured once on the test images, and written to --out: {WEIGHTS}, its manifest, metrics.json and pictures. "
-        "With the defaults that takes two to three minutes.",
+        "With the defaults that takes about ten minutes.",
         epilog=f"{LAYOUT} On the CPU, the same seed gives the same weights, bit for bit, on the same machine with as "
         "many threads. To measure weights: python -m trainer evaluate --help.",
     )
@@ -44,6 +44,12 @@ def training_parser() -> argparse.ArgumentParser:
         ),
         ("momentum", "M", "of SGD (Nesterov's), from 0 to below 1"),
         ("weight_decay", "L2", "penalty on the squares of the weights, 0 or more"),
+        (
+            "averaging",
+            "A",
+            "keep a running mean of the weights that forgets all but A at each step; 0: the last weights",
+        ),
+        ("drawn", "SHARE", "part of each batch that is not from the data set but drawn by a model of a pen; 0: none"),
         ("validation_size", "IMAGES", "training images held back to choose the best epoch, 1 or more"),
         ("patience", "EPOCHS", "stop after so many epochs without a better validation accuracy; 0: never"),
         ("seed", "SEED", "of the split, initial weights, order, dropout and augmentation; 0 or more"),
@@ -60,7 +66,7 @@ def training_parser() -> argparse.ArgumentParser:
         "--augment",
         action=argparse.BooleanOptionalAction,
         default=DEFAULTS.augment,
-        help="turn, scale, shear, shift and bend each image anew in every epoch (default: yes)",
+        help="turn, scale, shear, shift and bend each image, and change its pen, anew in every epoch (default: yes)",
     )
     return parser
 

@@ -32,13 +32,13 @@ class TrainingSettings:
     """A name in `digits.network.ARCHITECTURES`."""
 
     # Optimiser: SGD with Nesterov's momentum
-    epochs: int = 40
+    epochs: int = 100
     """Passes over the training images; 1 or more."""
 
-    batch_size: int = 128
+    batch_size: int = 256
     """Images a step; 1 or more."""
 
-    learning_rate: float = 0.05
+    learning_rate: float = 0.1
     """The highest, reached after the warm-up; above 0."""
 
     warmup_epochs: float = 1.0
@@ -50,9 +50,15 @@ class TrainingSettings:
     weight_decay: float = 1e-5
     """L2 penalty; 0 or more."""
 
+    averaging: float = 0.999
+    """The weights that are kept are a running mean over the steps, which forgets all but this part at each; 0: none."""
+
     # Data
+    drawn: float = 0.15
+    """Share of each batch that is drawn by `trainer.handwriting`; from 0 to below 1."""
+
     augment: bool = True
-    """Whether each image is turned, scaled, sheared, shifted and bent anew in every epoch."""
+    """Whether each image is turned, scaled, sheared, shifted, bent and written with another pen anew in every epoch."""
 
     validation_size: int = 5000
     """Images held back from the training part to choose the best epoch; 1 or more."""
@@ -79,6 +85,8 @@ class TrainingSettings:
         require("warmup_epochs", "a finite number of 0 or more", 0 <= self.warmup_epochs < math.inf)
         require("momentum", "from 0 to below 1", 0 <= self.momentum < 1)
         require("weight_decay", "a finite number of 0 or more", 0 <= self.weight_decay < math.inf)
+        require("averaging", "from 0 to below 1", 0 <= self.averaging < 1)
+        require("drawn", "from 0 to below 1", 0 <= self.drawn < 1)
         require("validation_size", "1 or more", self.validation_size >= 1)
         require("patience", "0 (never stop early) or more", self.patience >= 0)
         require("seed", "from 0 to 2^63-1", 0 <= self.seed < 2**63)

@@ -6,6 +6,7 @@ looked at here. Prints nothing itself and writes nothing.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -19,8 +20,15 @@ from digits.network import ARCHITECTURES
 from trainer.augmentation import augment
 from trainer.data import Data, split
 from trainer.evaluation import evaluate, to_features
+from trainer.handwriting import draw
 from trainer.scaling import fold, scaling_for
 from trainer.settings import TrainingSettings
+
+DRAWINGS_PER_IMAGE = 0.5
+"""So many digits are drawn before the first epoch; each batch takes some of them, deformed anew."""
+
+AVERAGING_BEGINS = 100
+"""Steps after which the running mean keeps half of itself; so it does not hold on to the first weights."""
 
 
 class TrainingDiverged(ArithmeticError):
@@ -117,8 +125,12 @@ def _train(
         weight_decay=settings.weight_decay,
         nesterov=settings.momentum > 0,
     )
+    averaged = copy.deepcopy(network)
     mean, std = scaling_for(network, images.pixels)
-    steps = math.ceil(len(images) / settings.batch_size)
+    drawings = math.ceil(DRAWINGS_PER_IMAGE * len(images))
+    drawn = draw(drawings) if settings.drawn else None
+    from_data = max(1, round(settings.batch_size * (1 - settings.drawn)))  # images of a batch
+    steps = math.ceil(len(images) / from_data)
     epochs: list[Epoch] = []
     best: Epoch | None = None
     best_network = network
@@ -135,27 +147,33 @@ def _train(
             rate = learning_rate_at((number - 1) * steps + step, steps, settings)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            rows = order[step * settings.batch_size : (step + 1) * settings.batch_size]
-            pixels = images.pixels[rows]  # (n, 784)
+            rows = order[step * from_data : (step + 1) * from_data]
+            pixels, labels = images.pixels[rows], images.labels[rows]  # (n, 784), (n,)
+            if drawn is not None:
+                others = torch.randint(drawings, (settings.batch_size - from_data,))
+                pixels = torch.cat([pixels, drawn[0][others]])
+                labels = torch.cat([labels, drawn[1][others]])
             if settings.augment:
                 pixels = augment(pixels)
             logits = network(to_features(pixels, mean, std).to(settings.device))  # (n, 10)
-            loss = F.cross_entropy(logits, images.labels[rows].to(settings.device))
-            total_loss += _finite(loss.item(), f"epoch {number}, step {step + 1} of {steps}", settings) * len(rows)
+            loss = F.cross_entropy(logits, labels.to(settings.device))
+            total_loss += _finite(loss.item(), f"epoch {number}, step {step + 1} of {steps}", settings)
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
+            taken = (number - 1) * steps + step
+            _average(averaged, network, min(settings.averaging, taken / (taken + AVERAGING_BEGINS)))
 
         # 3. Validation, of the weights as they would be served. Equal accuracies are
         #    common among a few thousand images, so the loss decides between them.
-        served = fold(network, mean, std)
+        served = fold(averaged, mean, std)
         result = evaluate(served, validation, device=settings.device)
         _finite(result.loss, f"the validation after epoch {number}", settings)
         is_best = best is None or (result.accuracy, -result.loss) > (best.validation_accuracy, -best.validation_loss)
         epoch = Epoch(
             number=number,
             learning_rate=rate,
-            train_loss=total_loss / len(images),
+            train_loss=total_loss / steps,
             validation_loss=result.loss,
             validation_accuracy=result.accuracy,
             seconds=time.perf_counter() - epoch_started,
@@ -169,6 +187,13 @@ def _train(
             break
 
     return Training(best_network.cpu().eval(), epochs, len(images), len(validation), time.perf_counter() - started)
+
+
+@torch.no_grad()
+def _average(averaged: nn.Module, network: nn.Module, keep: float) -> None:
+    """Move the running mean towards the network's weights."""
+    for mean, weight in zip(averaged.parameters(), network.parameters(), strict=True):
+        mean.lerp_(weight, 1 - keep)
 
 
 def _finite(loss: float, where: str, settings: TrainingSettings) -> float:
