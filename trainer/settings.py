@@ -32,7 +32,7 @@ class TrainingSettings:
     """A name in `digits.network.ARCHITECTURES`."""
 
     # Optimiser: SGD with Nesterov's momentum
-    epochs: int = 100
+    epochs: int = 150
     """Passes over the training images; 1 or more."""
 
     batch_size: int = 256
@@ -54,7 +54,7 @@ class TrainingSettings:
     """The weights that are kept are a running mean over the steps, which forgets all but this part at each; 0: none."""
 
     # Data
-    drawn: float = 0.15
+    drawn: float = 0.3
     """Share of each batch that is drawn by `trainer.handwriting`; from 0 to below 1."""
 
     augment: bool = True
