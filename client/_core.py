@@ -7,10 +7,7 @@ ours. The clients themselves only open channels and make calls.
 from __future__ import annotations
 
 import itertools
-import json
-import math
-import os
-import re
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +16,7 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
+from client._channel import SERVICE
 from client._errors import (
     DeadlineExceededError,
     InvalidImageError,
@@ -33,19 +31,13 @@ from client._types import Image, Model, Prediction
 from digits.preprocessing import CLASSES, PIXELS, InvalidImage, to_pixels
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 
-SERVICE = pb.DESCRIPTOR.services_by_name["DigitClassifier"].full_name
-
-TARGET_VARIABLE = "MNIST_GRPC_TARGET"
-DEFAULT_TARGET = "localhost:50051"
 DEFAULT_TIMEOUT = 10.0  # seconds
+MAX_TIMEOUT = 1e9  # seconds, 31 years; gRPC's clock overflows somewhere above
 DEFAULT_READY_TIMEOUT = 30.0  # seconds
 CHUNK_IMAGES = 1024  # of classify_batch: 0.8 MB a message, well below the server's 4 MiB
 CHUNKS_IN_FLIGHT = 4
 STREAM_WINDOW = 256  # frames whose results were not yet taken
 PACKED_FRAMES = 64  # in one message of a stream
-RETRY_BUFFER_BYTES = 4 * 1024 * 1024  # what a full chunk needs; gRPC retries nothing longer than this
-INITIAL_RECONNECT_BACKOFF_MS = 100  # gRPC's own second would outlast a call's retries
-MAX_RECONNECT_BACKOFF_MS = 5_000  # a server that comes back is found within about this time
 
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
@@ -54,19 +46,14 @@ READY_PAUSE = 0.05  # seconds before asking a server again that closed the conne
 WORTH_WAITING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
-def resolve_target(target: str | None) -> str:
-    """The target given, else that of the environment, else localhost:50051."""
-    return target or os.environ.get(TARGET_VARIABLE) or DEFAULT_TARGET
-
-
 def checked_timeout(timeout: float) -> float:
     """The timeout, if it is one.
 
     Raises:
-        ValueError: it is not above 0, or not finite.
+        ValueError: it is not above 0, or above a billion.
     """
-    if not 0 < timeout < math.inf:
-        raise ValueError(f"a timeout is a number of seconds above 0, not {timeout!r}")
+    if not 0 < timeout <= MAX_TIMEOUT:
+        raise ValueError(f"a timeout is a number of seconds above 0, {MAX_TIMEOUT:g} at most, not {timeout!r}")
     return timeout
 
 
@@ -79,39 +66,6 @@ def checked_window(window: int) -> int:
     if window < 1:
         raise ValueError(f"a window is 1 frame or more, not {window!r}")
     return window
-
-
-def channel_options(target: str) -> list[tuple[str, str | int]]:
-    """Retries, balancing and keepalive are the channel's work, not a loop of ours."""
-    retry = {
-        "maxAttempts": 4,
-        "initialBackoff": "0.1s",
-        "maxBackoff": "2s",
-        "backoffMultiplier": 2,
-        # CANCELLED: how a server that stops ends calls that it had not begun.
-        "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
-    }
-    config = {
-        "loadBalancingConfig": [{"round_robin": {}}],
-        "methodConfig": [
-            {
-                "name": [{"service": SERVICE, "method": "Classify"}, {"service": SERVICE, "method": "GetModel"}],
-                "retryPolicy": retry,
-            }
-        ],
-    }
-    options: list[tuple[str, str | int]] = [
-        ("grpc.service_config", json.dumps(config)),
-        ("grpc.keepalive_time_ms", 60_000),
-        ("grpc.keepalive_timeout_ms", 20_000),
-        ("grpc.max_receive_message_length", -1),
-        ("grpc.initial_reconnect_backoff_ms", INITIAL_RECONNECT_BACKOFF_MS),
-        ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_BACKOFF_MS),
-        ("grpc.per_rpc_retry_buffer_size", RETRY_BUFFER_BYTES),
-    ]
-    if re.match(r"localhost(:|$)|127\.|\[::1\]|unix:", target):
-        options.append(("grpc.enable_http_proxy", 0))  # a proxy cannot reach this machine's own addresses
-    return options
 
 
 # Requests -------------------------------------------------------------------
@@ -267,6 +221,35 @@ def _error(code: grpc.StatusCode, details: str, message: str) -> MnistGrpcError:
     raised = kind(message)
     raised.code = code.name
     return raised
+
+
+# Readiness ------------------------------------------------------------------
+
+
+class Waiting:
+    """What `wait_ready` does between its calls."""
+
+    def __init__(self, target: str, timeout: float, several_servers: bool) -> None:
+        self._target = target
+        self._timeout = timeout
+        self._deadline = time.monotonic() + timeout
+        self._longest = 1.0 if several_servers else timeout  # for another may serve meanwhile
+
+    def seconds_of_call(self) -> float:
+        """How long the next call may take.
+
+        Raises:
+            UnavailableError: the time is over.
+        """
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise not_ready(self._target, self._timeout)
+        return min(left, self._longest)
+
+    def end_of_call(self, error: grpc.RpcError) -> None:
+        """Raise what is no reason to wait."""
+        if error.code() not in WORTH_WAITING:
+            raise error
 
 
 def not_ready(target: str, timeout: float) -> UnavailableError:

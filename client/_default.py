@@ -6,7 +6,7 @@ import atexit
 import os
 import threading
 
-from client._core import resolve_target
+from client._channel import resolve_target
 from client._sync import Client
 from client._types import Image, Prediction
 

@@ -8,7 +8,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from client._core import DEFAULT_TARGET, DEFAULT_TIMEOUT, TARGET_VARIABLE, checked_timeout
+from client._channel import DEFAULT_TARGET, TARGET_VARIABLE
+from client._core import DEFAULT_TIMEOUT, checked_timeout
 from client._errors import MnistGrpcError
 from client._sync import Client
 from client._types import Prediction
