@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import grpc
 
-from client import _core
+from client import _core, _fork
 from client._async_stream import AsyncStream, prepare
 from client._channel import TLS, ChannelSettings, channel_settings
 from client._connection import Connection
@@ -31,8 +31,9 @@ class AsyncClient(Connection):
     """A connection to a digit server, for asyncio.
 
     Belongs to one event loop, that of its first call, and may be shared between
-    the tasks of it; a forked process uses it with an event loop of its own. An
-    async context manager; otherwise await `close`. Arguments, methods and
+    the tasks of it; another loop gets a RuntimeError. So does a process that is
+    forked after its first call: fork before, or make it by "spawn". An async
+    context manager; otherwise await `close`. Arguments, methods and
     errors are those of `Client`.
 
         async with client.AsyncClient("localhost:50051") as digits:
@@ -91,6 +92,7 @@ class AsyncClient(Connection):
         self._enter()
         loop = asyncio.get_running_loop()
         if self._opened is None:
+            _fork.check(asyncio=True)
             self._opened = _Open(self._settings, loop)
         elif self._opened.loop is not loop:
             raise RuntimeError(

@@ -27,6 +27,7 @@ DEFAULT_PORT = 50051
 DEFAULT_TARGET = f"localhost:{DEFAULT_PORT}"
 PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 """Where gRPC looks for a proxy, in this order, and in this spelling only."""
+NO_PROXY_VARIABLES = ("no_grpc_proxy", "no_proxy")
 
 RETRY_BUFFER_BYTES = 4 * 1024 * 1024  # what a full chunk needs; gRPC retries nothing longer than this
 INITIAL_RECONNECT_BACKOFF_MS = 100  # gRPC's own second would outlast a call's retries

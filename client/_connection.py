@@ -5,22 +5,15 @@ Knows nothing of calls, and opens nothing: that is the work of each client.
 
 from __future__ import annotations
 
-import os
 import threading
 import warnings
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from client import _core, _request_id
+from client import _core, _fork, _request_id
 from client._channel import ChannelSettings
 from client._errors import MnistGrpcError
-
-_everyone: weakref.WeakSet[Connection] = weakref.WeakSet()
-_inherited: list[Any] = []
-"""What a parent process had opened. It is never closed here: these are the parent's connections."""
-_watches_forks = False
 
 
 class Connection:
@@ -33,7 +26,7 @@ class Connection:
         self._closed = False
         self._opened: Any = None
         self._opening = threading.Lock()
-        _watch(self)
+        _fork.watch(self)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "not yet open" if self._opened is None else "open"
@@ -72,20 +65,6 @@ class Connection:
 
     def _after_fork(self) -> None:
         """In a forked child: forget what is the parent's, also locks, which another thread of it may have held."""
-        if self._opened is not None:
-            _inherited.append(self._opened)
+        _fork.leave_to_parent(self._opened)
         self._opened = None
         self._opening = threading.Lock()
-
-
-def _watch(connection: Connection) -> None:
-    global _watches_forks
-    if not _watches_forks and hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_after_fork)
-    _watches_forks = True
-    _everyone.add(connection)
-
-
-def _after_fork() -> None:
-    for connection in list(_everyone):
-        connection._after_fork()

@@ -16,6 +16,8 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
+from client import _request_id
+from client._advice import explain, is_too_long, retry_after
 from client._channel import SERVICE
 from client._errors import (
     DeadlineExceededError,
@@ -193,13 +195,17 @@ def error_of_call(error: grpc.RpcError, target: str, timeout: float) -> MnistGrp
     """The error of ours that stands for one of gRPC's, which is its cause."""
     code: grpc.StatusCode = error.code()
     details = error.details() or "no details"
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED and details == "Deadline Exceeded":
-        details = f"no answer within {timeout:g} s"
-    elif code is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details.lower():
-        details = f"no server answers there; is it running? ({details})"
-    raised = _error(code, details, f"{target}: {details}")
     metadata: Any = error.trailing_metadata() or ()  # pairs, though the sync and the async type differ
-    raised.incident_id = next((value for name, value in metadata if name == "incident-id"), None)
+    trailers = dict(metadata)
+    wait = retry_after(trailers)
+    told = explain(code, details, target, timeout, wait)
+    incident_id = trailers.get("incident-id")
+    if incident_id is not None and incident_id not in told:
+        told += f" under incident {incident_id}"
+    raised = _error(code, details, f"{target}: {told}")
+    raised.incident_id = incident_id
+    raised.retry_after = wait
+    raised.request_id = trailers.get(_request_id.KEY) or _request_id.given()
     raised.__cause__ = error
     return raised
 
@@ -216,8 +222,8 @@ def error_of_frame(error: pb.FrameError) -> MnistGrpcError:
 
 def _error(code: grpc.StatusCode, details: str, message: str) -> MnistGrpcError:
     kind = _ERRORS.get(code, ServerError)
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
-        kind = InvalidImageError  # gRPC's own refusal of a long message, which no retry mends
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and is_too_long(details):
+        kind = InvalidImageError
     raised = kind(message)
     raised.code = code.name
     return raised
@@ -253,7 +259,9 @@ class Waiting:
 
 
 def not_ready(target: str, timeout: float) -> UnavailableError:
-    return UnavailableError(f"{target}: not serving within {timeout:g} s")
+    return UnavailableError(
+        f"{target}: not serving within {timeout:g} s; is it running there? is_serving() tells why not"
+    )
 
 
 CLOSED = "the client is closed; make a new one"

@@ -10,7 +10,7 @@ from typing import Self, TypeAlias, cast
 
 import grpc
 
-from client import _core
+from client import _core, _fork
 from client._channel import TLS, ChannelSettings, channel_settings
 from client._connection import Connection
 from client._errors import MnistGrpcError
@@ -29,8 +29,9 @@ Interceptor: TypeAlias = (
 class Client(Connection):
     """A connection to a digit server.
 
-    May be shared between threads; a forked process opens a connection of its
-    own. A context manager; otherwise call `close`. The connection is made by
+    May be shared between threads. A forked process opens a connection of its
+    own, or raises RuntimeError if at the fork a call was under way in another
+    thread, or an `AsyncClient` had been used. A context manager; otherwise call `close`. The connection is made by
     the first call, and made again when it is lost.
 
         with client.Client("localhost:50051") as digits:
@@ -119,6 +120,7 @@ class Client(Connection):
             with self._opening:
                 self._enter()
                 if self._opened is None:
+                    _fork.check(asyncio=False)
                     self._opened = _Open(self._settings)
         return self._opened
 
