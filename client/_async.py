@@ -15,7 +15,7 @@ import grpc
 
 from client import _core, _fork
 from client._async_stream import AsyncStream, prepare
-from client._channel import TLS, ChannelSettings, channel_settings
+from client._channel import TLS, ChannelSettings, channel_settings, checked_interceptors
 from client._connection import Connection
 from client._errors import MnistGrpcError
 from client._routing import AsyncRouter
@@ -25,6 +25,16 @@ from protos.mnist.v1.digit_classifier_pb2_grpc import DigitClassifierStub
 
 if TYPE_CHECKING:  # one class at run time, two for the types
     from protos.mnist.v1.digit_classifier_pb2_grpc import DigitClassifierAsyncStub
+_INTERCEPTORS = (
+    grpc.aio.UnaryUnaryClientInterceptor,
+    grpc.aio.UnaryStreamClientInterceptor,
+    grpc.aio.StreamUnaryClientInterceptor,
+    grpc.aio.StreamStreamClientInterceptor,
+)
+_OTHER_LOOP = (
+    "an AsyncClient belongs to the event loop of its first call, and this is another; "
+    "make one in each event loop, for example inside the function that asyncio.run gets"
+)
 
 
 class AsyncClient(Connection):
@@ -59,7 +69,7 @@ class AsyncClient(Connection):
             tls=tls,
             token=token,
             metadata=metadata,
-            interceptors=interceptors,
+            interceptors=checked_interceptors(interceptors, _INTERCEPTORS, "AsyncClient"),
             connections=connections,
             wait_for_ready=wait_for_ready,
         )
@@ -77,11 +87,15 @@ class AsyncClient(Connection):
 
     async def close(self) -> None:
         """See `Client.close`."""
+        opened = self._opened
+        gone = opened is None or opened.loop.is_closed()  # with its connections
+        if opened is not None and not gone and opened.loop is not asyncio.get_running_loop():
+            raise RuntimeError(_OTHER_LOOP)
         self._closed = True
         for stream in self._streams:
             stream.abandon(RuntimeError(_core.CLOSED))
-        if self._opened is not None:
-            await self._opened.router.close()
+        if opened is not None and not gone:
+            await opened.router.close()
 
     @property
     def _stub(self) -> DigitClassifierAsyncStub:
@@ -95,10 +109,7 @@ class AsyncClient(Connection):
             _fork.check(asyncio=True)
             self._opened = _Open(self._settings, loop)
         elif self._opened.loop is not loop:
-            raise RuntimeError(
-                "an AsyncClient belongs to the event loop of its first call, and this is another; "
-                "make one in each event loop, for example inside the function that asyncio.run gets"
-            )
+            raise RuntimeError(_OTHER_LOOP)
         return self._opened
 
     def _after_fork(self) -> None:

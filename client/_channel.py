@@ -127,8 +127,10 @@ def channel_settings(
     if not isinstance(connections, int) or not 1 <= connections <= MAX_CONNECTIONS:
         raise ValueError(f"connections is a number from 1 to {MAX_CONNECTIONS}, not {connections!r}")
     secure = TLS() if tls is True else tls or None
-    if secure is not None and not isinstance(secure, TLS):
-        raise TypeError(f"tls is True, False or client.TLS(…), not {type(secure).__name__}")
+    if secure is not None:
+        if not isinstance(secure, TLS):
+            raise TypeError(f"tls is True, False or client.TLS(…), not {type(secure).__name__}")
+        _read_all(secure)  # that what is wrong is told here; they are read again by each opening
     if isinstance(token, str):
         _checked_token(token)
     if token is not None and secure is None and (open_to := [each for each in addresses if not is_local(each)]):
@@ -295,6 +297,19 @@ def _checked_metadata(metadata: Mapping[str, str], *, has_token: bool) -> tuple[
     return tuple(metadata.items())
 
 
+def checked_interceptors(interceptors: Sequence[Any], kinds: tuple[type, ...], owner: str) -> tuple[Any, ...]:
+    """The interceptors, each of one of these kinds of gRPC's.
+
+    Raises:
+        TypeError: one is not.
+    """
+    for each in interceptors:
+        if not isinstance(each, kinds):
+            names = ", ".join(kind.__name__ for kind in kinds)
+            raise TypeError(f"an interceptor of {owner} is a {kinds[0].__module__} {names}, not {each!r}")
+    return tuple(interceptors)
+
+
 # Channels -------------------------------------------------------------------------
 
 
@@ -332,10 +347,11 @@ def channel_options(target: str, settings: ChannelSettings | None = None) -> Opt
     several = target.startswith(("ipv4:", "ipv6:")) and "," in target
     if is_local(target) or several:
         options.append(("grpc.enable_http_proxy", 0))  # a proxy cannot reach this machine's own addresses, nor a list
-    if several:  # or the list itself would be the name
+    name = settings.tls.server_name if settings is not None and settings.tls is not None else None
+    if name is not None:
+        options.append(("grpc.ssl_target_name_override", name))
+    elif several:  # or the list itself would be the name
         options.append(("grpc.default_authority", target.split(",")[0].partition(":")[2]))
-    if settings is not None and settings.tls is not None and settings.tls.server_name is not None:
-        options.append(("grpc.ssl_target_name_override", settings.tls.server_name))
     return options
 
 
@@ -380,10 +396,16 @@ def _credentials(tls: TLS | None) -> grpc.ChannelCredentials | None:
     """
     if tls is None:
         return None
-    ca = _read_pem("ca", tls.ca, b"CERTIFICATE")
-    key = _read_pem("key", tls.key, b"PRIVATE KEY")
-    certificate = _read_pem("certificate", tls.certificate, b"CERTIFICATE")
-    return grpc.ssl_channel_credentials(ca, key, certificate)
+    return grpc.ssl_channel_credentials(*_read_all(tls))
+
+
+def _read_all(tls: TLS) -> tuple[bytes | None, bytes | None, bytes | None]:
+    """Authorities, key, certificate."""
+    return (
+        _read_pem("ca", tls.ca, b"CERTIFICATE"),
+        _read_pem("key", tls.key, b"PRIVATE KEY"),
+        _read_pem("certificate", tls.certificate, b"CERTIFICATE"),
+    )
 
 
 def _read_pem(name: str, source: Pem, kind: bytes) -> bytes | None:
@@ -396,5 +418,5 @@ def _read_pem(name: str, source: Pem, kind: bytes) -> bytes | None:
         except OSError as error:
             raise ValueError(f"TLS(…, {name}={where!r}): {error.strerror}") from error
     if content is not None and not re.search(rb"-----BEGIN [A-Z ]*" + kind + rb"-----", content):
-        raise ValueError(f"TLS(…, {name}=…): {where} hold no PEM of a {kind.decode().lower()}")
+        raise ValueError(f"TLS(…, {name}=…): no PEM of a {kind.decode().lower()} in {where}")
     return content

@@ -11,7 +11,7 @@ from typing import Self, TypeAlias, cast
 import grpc
 
 from client import _core, _fork
-from client._channel import TLS, ChannelSettings, channel_settings
+from client._channel import TLS, ChannelSettings, channel_settings, checked_interceptors
 from client._connection import Connection
 from client._errors import MnistGrpcError
 from client._routing import SyncRouter
@@ -23,6 +23,12 @@ from protos.mnist.v1.digit_classifier_pb2_grpc import DigitClassifierStub
 Interceptor: TypeAlias = (
     "grpc.UnaryUnaryClientInterceptor | grpc.UnaryStreamClientInterceptor | "
     "grpc.StreamUnaryClientInterceptor | grpc.StreamStreamClientInterceptor"
+)
+_INTERCEPTORS = (
+    grpc.UnaryUnaryClientInterceptor,
+    grpc.UnaryStreamClientInterceptor,
+    grpc.StreamUnaryClientInterceptor,
+    grpc.StreamStreamClientInterceptor,
 )
 
 
@@ -87,7 +93,7 @@ class Client(Connection):
             tls=tls,
             token=token,
             metadata=metadata,
-            interceptors=interceptors,
+            interceptors=checked_interceptors(interceptors, _INTERCEPTORS, "Client"),
             connections=connections,
             wait_for_ready=wait_for_ready,
         )

@@ -71,9 +71,7 @@ def run(script: str, address: str, image: GreyImage) -> list[str]:
     ["pass", "shared.classify(image)", "one_liner()", "first.classify(image); first.close()"],
     ids=["unused", "used", "one-liner used", "used and closed"],
 )
-def test_a_child_makes_calls_of_its_own(
-    server_address: str, digits: list[GreyImage], before: str, child: str
-) -> None:
+def test_a_child_makes_calls_of_its_own(server_address: str, digits: list[GreyImage], before: str, child: str) -> None:
     lines = run(
         f"""
 first, shared = client.Client(address), client.Client(address)
@@ -148,9 +146,7 @@ print("parent", asyncio.run(read(made)))
     assert lines == ["7"]
 
 
-def test_a_lock_that_was_held_at_the_fork_does_not_hang_the_child(
-    server_address: str, digits: list[GreyImage]
-) -> None:
+def test_a_lock_that_was_held_at_the_fork_does_not_hang_the_child(server_address: str, digits: list[GreyImage]) -> None:
     lines = run(
         """
 from client import _default
