@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +14,7 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 import pytest
+from PIL import Image
 
 import client
 from tests.client.certificates import Authority, Pair
@@ -48,8 +52,9 @@ def secured(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> I
     folder = tmp_path_factory.mktemp("server")
     tokens = folder / "tokens"
     tokens.write_text("\n".join(TOKENS))
+    tokens.chmod(0o600)
     flags = ("--tls-cert", own.certificate, "--tls-key", own.key, "--tls-client-ca", authority.file)
-    with real_server(folder, *flags, "--auth-token-file", tokens) as address:
+    with real_server(folder, *flags, "--auth-token-file", tokens, "--workers", "1") as address:
         yield Secured(address, client.TLS(authority.file, mine.certificate, mine.key), authority.file)
 
 
@@ -229,3 +234,88 @@ def test_a_certificate_is_a_path_or_bytes(wrong: Any) -> None:
 def test_pem_that_is_text_is_no_path(authority: Authority) -> None:
     with pytest.raises(ValueError, match="encode"):
         client.TLS(ca=authority.pem.decode())
+
+
+# The command line -----------------------------------------------------------------
+
+
+def mnist_grpc(*arguments: str | Path, **environment: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `python -m client`."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MNIST_GRPC_")}
+    process = subprocess.run(
+        [sys.executable, "-m", "client", *map(str, arguments)],
+        cwd=Path(client.__file__).parents[1],
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return process.returncode, process.stdout, process.stderr
+
+
+@pytest.fixture
+def picture(digits: list[GreyImage], tmp_path: Path) -> Path:
+    path = tmp_path / "seven.png"
+    Image.fromarray(digits[7]).save(path)
+    return path
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tokens"
+    path.write_text(f"# of the client\n\n{TOKENS[0]}\n{TOKENS[1]}\n")
+    return path
+
+
+def test_the_command_line_speaks_tls_with_a_token(secured: Secured, picture: Path, token_file: Path) -> None:
+    certificates = ("--ca", secured.ca, "--cert", str(secured.tls.certificate), "--key", str(secured.tls.key))
+    at = ("--target", secured.address, *certificates)
+    assert mnist_grpc("health", *at) == (0, f"{secured.address}: serving\n", "")
+    code, out, err = mnist_grpc("classify", picture, *at, "--token-file", token_file)
+    assert (code, out.split()[1], err) == (0, "7", "")
+    code, out, err = mnist_grpc("classify", picture, *at)
+    assert (code, out) == (1, "")
+    assert "valid token is needed" in err
+
+
+def test_the_command_line_takes_files_from_the_environment(secured: Secured, picture: Path, token_file: Path) -> None:
+    code, out, err = mnist_grpc(
+        "classify",
+        picture,
+        MNIST_GRPC_TARGET=secured.address,
+        MNIST_GRPC_CA=str(secured.ca),
+        MNIST_GRPC_CERT=str(secured.tls.certificate),
+        MNIST_GRPC_KEY=str(secured.tls.key),
+        MNIST_GRPC_TOKEN_FILE=str(token_file),
+    )
+    assert (code, out.split()[1], err) == (0, "7", "")
+
+
+def test_the_command_line_takes_another_name_of_the_server(fakes: Fakes, authority: Authority, picture: Path) -> None:
+    address = fakes.serve(credentials=served_with(authority.issue("digits.example")))
+    code, out, err = mnist_grpc(
+        "classify", picture, "--target", address, "--ca", authority.file, "--server-name", "digits.example"
+    )
+    assert (code, out.split()[1], err) == (0, "7", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--ca", "nothing.pem"), "nothing.pem"),
+        (("--cert", "me.pem"), "given together"),
+        (("--token-file", "nothing"), "the token file nothing: No such file"),
+        (("--target", "http://localhost:1"), "not a URL"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong_before_anything_is_done(arguments: tuple[str, ...], sentence: str) -> None:
+    code, out, err = mnist_grpc("health", *arguments)
+    assert (code, out) == (2, "")
+    assert sentence in err.splitlines()[-1]
+
+
+def test_the_command_line_sends_no_token_in_plaintext_to_another_machine(token_file: Path) -> None:
+    code, _, err = mnist_grpc("health", "--target", "digits.example", "--token-file", token_file)
+    assert code == 2
+    assert "not sent in plaintext" in err
+    assert TOKENS[0] not in err
