@@ -367,24 +367,25 @@ def test_every_status_code_has_its_class(code: grpc.StatusCode) -> None:
 
 def test_an_error_without_details_or_metadata_is_still_an_error() -> None:
     error = _core.error_of_call(FakeRpcError(grpc.StatusCode.UNKNOWN, None), "there:1", 1)
-    assert str(error) == "there:1: no details"
+    assert str(error) == "there:1: no details; the server's log tells more"
     assert error.incident_id is None
 
 
 def test_a_deadline_error_says_how_long_it_was() -> None:
     error = _core.error_of_call(FakeRpcError(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded"), "there:1", 2.5)
-    assert str(error) == "there:1: no answer within 2.5 s"
+    assert str(error).startswith("there:1: no answer within 2.5 s; ")
 
 
 def test_a_refused_connection_asks_whether_the_server_runs() -> None:
     details = "failed to connect to all addresses"
     error = _core.error_of_call(FakeRpcError(grpc.StatusCode.UNAVAILABLE, details), "there:1", 1)
-    assert str(error) == f"there:1: no server answers there; is it running? ({details})"
+    assert str(error).startswith("there:1: no server answers there; is it running, ")
+    assert str(error).endswith(f" ({details})")
 
 
 def test_a_server_that_will_not_serve_speaks_for_itself() -> None:
     error = _core.error_of_call(FakeRpcError(grpc.StatusCode.UNAVAILABLE, "the model is not loaded yet"), "there:1", 1)
-    assert str(error) == "there:1: the model is not loaded yet"
+    assert str(error).startswith("there:1: the model is not loaded yet; ")
 
 
 @pytest.mark.parametrize(
