@@ -72,13 +72,13 @@ def explain(code: grpc.StatusCode, details: str, target: str, timeout: float, re
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return details  # which names rule and value
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        if is_too_long(details):
+        if is_refused_for_length(details):
             return f"{details}; send fewer images in one message"
         return f"{details}; try again {'later' if retry_after is None else f'in {retry_after:g} s'}"
     return f"{details}; {_DO.get(code, _OTHER)}"
 
 
-def is_too_long(details: str) -> bool:
+def is_refused_for_length(details: str) -> bool:
     """Whether it is gRPC's own refusal of a long message, which no retry mends."""
     return "larger than max" in details
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from client import _request_id
-from client._advice import explain, is_too_long, retry_after
+from client._advice import explain, is_refused_for_length, retry_after
 from client._channel import SERVICE
 from client._errors import (
     DeadlineExceededError,
@@ -222,7 +222,7 @@ def error_of_frame(error: pb.FrameError) -> MnistGrpcError:
 
 def _error(code: grpc.StatusCode, details: str, message: str) -> MnistGrpcError:
     kind = _ERRORS.get(code, ServerError)
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and is_too_long(details):
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and is_refused_for_length(details):
         kind = InvalidImageError
     raised = kind(message)
     raised.code = code.name
