@@ -196,7 +196,7 @@ def error_of_call(error: grpc.RpcError, target: str, timeout: float) -> MnistGrp
     code: grpc.StatusCode = error.code()
     details = error.details() or "no details"
     metadata: Any = error.trailing_metadata() or ()  # pairs, though the sync and the async type differ
-    trailers = dict(metadata)
+    trailers = dict(tuple(metadata))  # as pairs: with old versions of grpcio, that of asyncio is no mapping to dict
     wait = retry_after(trailers)
     told = explain(code, details, target, timeout, wait)
     incident_id = trailers.get("incident-id")

@@ -279,6 +279,26 @@ def test_a_batch_may_be_cancelled_over_several_servers(
     assert ended.wait(10)
 
 
+@pytest.mark.parametrize("method", ["classify", "classify_batch", "get_model"])
+def test_closing_ends_a_call_at_one_of_several_servers_and_says_so(
+    connect: Connect, fakes: Fakes, digits: list[GreyImage], start: Callable[..., Running], method: str
+) -> None:
+    arrived = threading.Event()
+
+    def never(_: Any, context: Any) -> None:
+        arrived.set()
+        fakes.stopping.wait(20)
+        context.abort(grpc.StatusCode.CANCELLED, "the test is over")
+
+    twin = connect([by_name(fakes.serve(classify=never, get_model=never)), by_name(fakes.nobody())])
+    arguments = {"classify": (digits[7],), "classify_batch": (digits,)}.get(method, ())
+    running = start(getattr(twin, method), *arguments)
+    assert arrived.wait(10)
+    twin.close()
+    with pytest.raises(RuntimeError, match="the client is closed"):
+        running.result(within=5)
+
+
 # Several connections --------------------------------------------------------------
 
 
