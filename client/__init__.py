@@ -15,6 +15,7 @@ this package loads neither torch nor anything of the server.
 """
 
 from client._async import AsyncClient
+from client._channel import TLS
 from client._default import classify
 from client._errors import (
     DeadlineExceededError,
@@ -26,10 +27,12 @@ from client._errors import (
     UnauthenticatedError,
     UnavailableError,
 )
+from client._request_id import request_id
 from client._sync import Client
 from client._types import Image, Model, Prediction
 
 __all__ = [
+    "TLS",
     "AsyncClient",
     "Client",
     "DeadlineExceededError",
@@ -44,4 +47,5 @@ __all__ = [
     "UnauthenticatedError",
     "UnavailableError",
     "classify",
+    "request_id",
 ]

@@ -6,41 +6,78 @@ import asyncio
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import grpc
 
-from client import _core
+from client import _core, _fork
 from client._async_stream import AsyncStream, prepare
+from client._channel import TLS, ChannelSettings, channel_settings, checked_interceptors
+from client._connection import Connection
 from client._errors import MnistGrpcError
+from client._routing import AsyncRouter
 from client._types import Image, Model, Prediction
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 from protos.mnist.v1.digit_classifier_pb2_grpc import DigitClassifierStub
 
 if TYPE_CHECKING:  # one class at run time, two for the types
     from protos.mnist.v1.digit_classifier_pb2_grpc import DigitClassifierAsyncStub
+_INTERCEPTORS = (
+    grpc.aio.UnaryUnaryClientInterceptor,
+    grpc.aio.UnaryStreamClientInterceptor,
+    grpc.aio.StreamUnaryClientInterceptor,
+    grpc.aio.StreamStreamClientInterceptor,
+)
+_OTHER_LOOP = (
+    "an AsyncClient belongs to the event loop of its first call, and this is another; "
+    "make one in each event loop, for example inside the function that asyncio.run gets"
+)
 
 
-class AsyncClient:
+class AsyncClient(Connection):
     """A connection to a digit server, for asyncio.
 
     Belongs to one event loop, that of its first call, and may be shared between
-    the tasks of it. An async context manager; otherwise await `close`.
-    Arguments, methods and errors are those of `Client`.
+    the tasks of it; another loop gets a RuntimeError. So does a process that is
+    forked after its first call: fork before, or make it by "spawn". An async
+    context manager; otherwise await `close`. Arguments, methods and
+    errors are those of `Client`.
+
+        async with client.AsyncClient("localhost:50051") as digits:
+            await digits.classify("digit.png")
     """
 
-    def __init__(self, target: str | None = None, *, timeout: float = _core.DEFAULT_TIMEOUT) -> None:
-        self.target = _core.resolve_target(target)
-        self.timeout = _core.checked_timeout(timeout)
-        self._open_channel: grpc.aio.Channel | None = None
-        self._open_stub: DigitClassifierAsyncStub | None = None
+    _opened: _Open | None
+
+    def __init__(
+        self,
+        target: str | Sequence[str] | None = None,
+        *,
+        timeout: float = _core.DEFAULT_TIMEOUT,
+        tls: bool | TLS = False,
+        token: str | Callable[[], str] | None = None,
+        metadata: Mapping[str, str] | None = None,
+        interceptors: Sequence[grpc.aio.ClientInterceptor] = (),
+        connections: int = 1,
+        wait_for_ready: bool = False,
+    ) -> None:
+        settings = channel_settings(
+            target,
+            tls=tls,
+            token=token,
+            metadata=metadata,
+            interceptors=checked_interceptors(interceptors, _INTERCEPTORS, "AsyncClient"),
+            connections=connections,
+            wait_for_ready=wait_for_ready,
+        )
+        super().__init__(settings, timeout)
         self._streams: weakref.WeakSet[AsyncStream] = weakref.WeakSet()
-        self._closed = False
 
     async def __aenter__(self) -> Self:
+        self._enter()
         return self
 
     async def __aexit__(
@@ -50,11 +87,34 @@ class AsyncClient:
 
     async def close(self) -> None:
         """See `Client.close`."""
+        opened = self._opened
+        gone = opened is None or opened.loop.is_closed()  # with its connections
+        if opened is not None and not gone and opened.loop is not asyncio.get_running_loop():
+            raise RuntimeError(_OTHER_LOOP)
         self._closed = True
         for stream in self._streams:
             stream.abandon(RuntimeError(_core.CLOSED))
-        if self._open_channel is not None:
-            await self._open_channel.close()
+        if opened is not None and not gone:
+            await opened.router.close()
+
+    @property
+    def _stub(self) -> DigitClassifierAsyncStub:
+        """What calls are made with, each over one of the connections; opened by the first."""
+        return self._open().stub
+
+    def _open(self) -> _Open:
+        self._enter()
+        loop = asyncio.get_running_loop()
+        if self._opened is None:
+            _fork.check(asyncio=True)
+            self._opened = _Open(self._settings, loop)
+        elif self._opened.loop is not loop:
+            raise RuntimeError(_OTHER_LOOP)
+        return self._opened
+
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        self._streams = weakref.WeakSet()
 
     async def classify(self, image: Image, *, timeout: float | None = None) -> Prediction:
         """See `Client.classify`. Files are prepared in a thread."""
@@ -107,54 +167,37 @@ class AsyncClient:
 
     async def wait_ready(self, timeout: float = _core.DEFAULT_READY_TIMEOUT) -> None:
         """See `Client.wait_ready`."""
-        deadline = time.monotonic() + timeout
-        with self._call(timeout):
-            watch = self._channel.unary_stream(
-                _core.HEALTH_WATCH, request_serializer=bytes, response_deserializer=bytes
-            )
-            while (remaining := deadline - time.monotonic()) > 0:
-                call = watch(_core.health_request(), timeout=remaining, wait_for_ready=True)
+        with self._call(timeout) as seconds:
+            router = self._open().router
+            watch = router.unary_stream(_core.HEALTH_WATCH, request_serializer=bytes, response_deserializer=bytes)
+            waiting = _core.Waiting(self.target, seconds, router.has_several_servers)
+            while True:
+                await router.wait_for_a_server(time.monotonic() + waiting.seconds_of_call())
+                call = watch(_core.health_request(), timeout=waiting.seconds_of_call(), wait_for_ready=True)
                 try:
                     async for status in call:
                         if _core.is_serving(status):
                             return
                 except grpc.RpcError as error:
-                    if error.code() not in _core.WORTH_WAITING:
-                        raise
+                    waiting.end_of_call(error)
                 finally:
                     call.cancel()
                 await asyncio.sleep(_core.READY_PAUSE)
-        raise _core.not_ready(self.target, timeout)
 
     async def is_serving(self, *, timeout: float | None = None) -> bool:
         """See `Client.is_serving`."""
         with self._call(timeout) as seconds:
-            check = self._channel.unary_unary(_core.HEALTH_CHECK, request_serializer=bytes, response_deserializer=bytes)
+            router = self._open().router
+            check = router.unary_unary(_core.HEALTH_CHECK, request_serializer=bytes, response_deserializer=bytes)
             return _core.is_serving(await check(_core.health_request(), timeout=seconds))
 
-    @property
-    def _channel(self) -> grpc.aio.Channel:
-        """Opened by the first call, because it belongs to the event loop that opens it."""
-        if self._open_channel is None:
-            self._open_channel = grpc.aio.insecure_channel(self.target, options=_core.channel_options(self.target))
-        return self._open_channel
-
-    @property
-    def _stub(self) -> DigitClassifierAsyncStub:
-        if self._open_stub is None:
-            stub: Any = DigitClassifierStub(self._channel)
-            self._open_stub = stub
-        return self._open_stub
-
     def _checked_stub(self) -> DigitClassifierAsyncStub:
-        self._seconds(None)
         return self._stub
 
     @contextmanager
     def _call(self, timeout: float | None) -> Iterator[float]:
-        seconds = self._seconds(timeout)
         try:
-            with _core.translate_errors(self.target, seconds):
+            with super()._call(timeout) as seconds:
                 yield seconds
         except asyncio.CancelledError:
             task = asyncio.current_task()
@@ -163,8 +206,12 @@ class AsyncClient:
                 raise RuntimeError(_core.CLOSED) from None
             raise
 
-    def _seconds(self, timeout: float | None) -> float:
-        """The timeout of a call that begins now."""
-        if self._closed:
-            raise RuntimeError(_core.CLOSED)
-        return self.timeout if timeout is None else _core.checked_timeout(timeout)
+
+class _Open:
+    """What there is once the connection was opened."""
+
+    def __init__(self, settings: ChannelSettings, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.router = AsyncRouter(settings)
+        stub: Any = DigitClassifierStub(cast(grpc.Channel, self.router))
+        self.stub: DigitClassifierAsyncStub = stub

@@ -7,10 +7,7 @@ ours. The clients themselves only open channels and make calls.
 from __future__ import annotations
 
 import itertools
-import json
-import math
-import os
-import re
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +16,9 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
+from client import _request_id
+from client._advice import explain, is_refused_for_length, retry_after
+from client._channel import SERVICE
 from client._errors import (
     DeadlineExceededError,
     InvalidImageError,
@@ -33,19 +33,13 @@ from client._types import Image, Model, Prediction
 from digits.preprocessing import CLASSES, PIXELS, InvalidImage, to_pixels
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 
-SERVICE = pb.DESCRIPTOR.services_by_name["DigitClassifier"].full_name
-
-TARGET_VARIABLE = "MNIST_GRPC_TARGET"
-DEFAULT_TARGET = "localhost:50051"
 DEFAULT_TIMEOUT = 10.0  # seconds
+MAX_TIMEOUT = 1e9  # seconds, 31 years; gRPC's clock overflows somewhere above
 DEFAULT_READY_TIMEOUT = 30.0  # seconds
 CHUNK_IMAGES = 1024  # of classify_batch: 0.8 MB a message, well below the server's 4 MiB
 CHUNKS_IN_FLIGHT = 4
 STREAM_WINDOW = 256  # frames whose results were not yet taken
 PACKED_FRAMES = 64  # in one message of a stream
-RETRY_BUFFER_BYTES = 4 * 1024 * 1024  # what a full chunk needs; gRPC retries nothing longer than this
-INITIAL_RECONNECT_BACKOFF_MS = 100  # gRPC's own second would outlast a call's retries
-MAX_RECONNECT_BACKOFF_MS = 5_000  # a server that comes back is found within about this time
 
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
@@ -54,19 +48,14 @@ READY_PAUSE = 0.05  # seconds before asking a server again that closed the conne
 WORTH_WAITING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
-def resolve_target(target: str | None) -> str:
-    """The target given, else that of the environment, else localhost:50051."""
-    return target or os.environ.get(TARGET_VARIABLE) or DEFAULT_TARGET
-
-
 def checked_timeout(timeout: float) -> float:
     """The timeout, if it is one.
 
     Raises:
-        ValueError: it is not above 0, or not finite.
+        ValueError: it is not above 0, or above a billion.
     """
-    if not 0 < timeout < math.inf:
-        raise ValueError(f"a timeout is a number of seconds above 0, not {timeout!r}")
+    if not 0 < timeout <= MAX_TIMEOUT:
+        raise ValueError(f"a timeout is a number of seconds above 0, {MAX_TIMEOUT:g} at most, not {timeout!r}")
     return timeout
 
 
@@ -79,39 +68,6 @@ def checked_window(window: int) -> int:
     if window < 1:
         raise ValueError(f"a window is 1 frame or more, not {window!r}")
     return window
-
-
-def channel_options(target: str) -> list[tuple[str, str | int]]:
-    """Retries, balancing and keepalive are the channel's work, not a loop of ours."""
-    retry = {
-        "maxAttempts": 4,
-        "initialBackoff": "0.1s",
-        "maxBackoff": "2s",
-        "backoffMultiplier": 2,
-        # CANCELLED: how a server that stops ends calls that it had not begun.
-        "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
-    }
-    config = {
-        "loadBalancingConfig": [{"round_robin": {}}],
-        "methodConfig": [
-            {
-                "name": [{"service": SERVICE, "method": "Classify"}, {"service": SERVICE, "method": "GetModel"}],
-                "retryPolicy": retry,
-            }
-        ],
-    }
-    options: list[tuple[str, str | int]] = [
-        ("grpc.service_config", json.dumps(config)),
-        ("grpc.keepalive_time_ms", 60_000),
-        ("grpc.keepalive_timeout_ms", 20_000),
-        ("grpc.max_receive_message_length", -1),
-        ("grpc.initial_reconnect_backoff_ms", INITIAL_RECONNECT_BACKOFF_MS),
-        ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_BACKOFF_MS),
-        ("grpc.per_rpc_retry_buffer_size", RETRY_BUFFER_BYTES),
-    ]
-    if re.match(r"localhost(:|$)|127\.|\[::1\]|unix:", target):
-        options.append(("grpc.enable_http_proxy", 0))  # a proxy cannot reach this machine's own addresses
-    return options
 
 
 # Requests -------------------------------------------------------------------
@@ -239,13 +195,17 @@ def error_of_call(error: grpc.RpcError, target: str, timeout: float) -> MnistGrp
     """The error of ours that stands for one of gRPC's, which is its cause."""
     code: grpc.StatusCode = error.code()
     details = error.details() or "no details"
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED and details == "Deadline Exceeded":
-        details = f"no answer within {timeout:g} s"
-    elif code is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details.lower():
-        details = f"no server answers there; is it running? ({details})"
-    raised = _error(code, details, f"{target}: {details}")
     metadata: Any = error.trailing_metadata() or ()  # pairs, though the sync and the async type differ
-    raised.incident_id = next((value for name, value in metadata if name == "incident-id"), None)
+    trailers = dict(tuple(metadata))  # as pairs: with old versions of grpcio, that of asyncio is no mapping to dict
+    wait = retry_after(trailers)
+    told = explain(code, details, target, timeout, wait)
+    incident_id = trailers.get("incident-id")
+    if incident_id is not None and incident_id not in told:
+        told += f" under incident {incident_id}"
+    raised = _error(code, details, f"{target}: {told}")
+    raised.incident_id = incident_id
+    raised.retry_after = wait
+    raised.request_id = trailers.get(_request_id.KEY) or _request_id.given()
     raised.__cause__ = error
     return raised
 
@@ -262,15 +222,46 @@ def error_of_frame(error: pb.FrameError) -> MnistGrpcError:
 
 def _error(code: grpc.StatusCode, details: str, message: str) -> MnistGrpcError:
     kind = _ERRORS.get(code, ServerError)
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
-        kind = InvalidImageError  # gRPC's own refusal of a long message, which no retry mends
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and is_refused_for_length(details):
+        kind = InvalidImageError
     raised = kind(message)
     raised.code = code.name
     return raised
 
 
+# Readiness ------------------------------------------------------------------
+
+
+class Waiting:
+    """What `wait_ready` does between its calls."""
+
+    def __init__(self, target: str, timeout: float, several_servers: bool) -> None:
+        self._target = target
+        self._timeout = timeout
+        self._deadline = time.monotonic() + timeout
+        self._longest = 1.0 if several_servers else timeout  # for another may serve meanwhile
+
+    def seconds_of_call(self) -> float:
+        """How long the next call may take.
+
+        Raises:
+            UnavailableError: the time is over.
+        """
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise not_ready(self._target, self._timeout)
+        return min(left, self._longest)
+
+    def end_of_call(self, error: grpc.RpcError) -> None:
+        """Raise what is no reason to wait."""
+        if error.code() not in WORTH_WAITING:
+            raise error
+
+
 def not_ready(target: str, timeout: float) -> UnavailableError:
-    return UnavailableError(f"{target}: not serving within {timeout:g} s")
+    return UnavailableError(
+        f"{target}: not serving within {timeout:g} s; is it running there? is_serving() tells why not"
+    )
 
 
 CLOSED = "the client is closed; make a new one"

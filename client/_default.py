@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import atexit
-import os
 import threading
 
-from client._core import resolve_target
+from client import _fork
+from client._channel import resolve_target
 from client._sync import Client
 from client._types import Image, Prediction
 
 _lock = threading.Lock()
-_clients: dict[tuple[int, str], Client] = {}
+_clients: dict[str, Client] = {}
 
 
 def classify(image: Image, *, target: str | None = None, timeout: float | None = None) -> Prediction:
@@ -31,18 +31,24 @@ def classify(image: Image, *, target: str | None = None, timeout: float | None =
 
 
 def _client(target: str) -> Client:
-    key = (os.getpid(), target)  # a forked process cannot use its parent's connections
     with _lock:
-        if key not in _clients:
+        if target not in _clients:
             if not _clients:
                 atexit.register(_close_all)
-            _clients[key] = Client(target)
-        return _clients[key]
+            _clients[target] = Client(target)
+        return _clients[target]
 
 
 def _close_all() -> None:
     with _lock:
-        for (process, _), client in _clients.items():
-            if process == os.getpid():
-                client.close()
+        for client in _clients.values():
+            client.close()
         _clients.clear()
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()  # another thread of the parent may have held it; the clients see to themselves
+
+
+_fork.in_child(_after_fork)

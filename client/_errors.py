@@ -24,6 +24,12 @@ class MnistGrpcError(Exception):
     incident_id: str | None = None
     """What to search the server's log for."""
 
+    request_id: str | None = None
+    """The id of the call, which the server's log has, too; see `client.request_id`."""
+
+    retry_after: float | None = None
+    """Seconds after which the server wants to be asked again, if it said so."""
+
 
 class InvalidImageError(MnistGrpcError, ValueError):
     """The image cannot be read or breaks a rule; the message names rule and value."""

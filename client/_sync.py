@@ -4,47 +4,103 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Self, TypeAlias, cast
 
 import grpc
 
-from client import _core
+from client import _core, _fork
+from client._channel import TLS, ChannelSettings, channel_settings, checked_interceptors
+from client._connection import Connection
 from client._errors import MnistGrpcError
+from client._routing import SyncRouter
 from client._sync_stream import SyncStream
 from client._types import Image, Model, Prediction
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 from protos.mnist.v1.digit_classifier_pb2_grpc import DigitClassifierStub
 
+Interceptor: TypeAlias = (
+    "grpc.UnaryUnaryClientInterceptor | grpc.UnaryStreamClientInterceptor | "
+    "grpc.StreamUnaryClientInterceptor | grpc.StreamStreamClientInterceptor"
+)
+_INTERCEPTORS = (
+    grpc.UnaryUnaryClientInterceptor,
+    grpc.UnaryStreamClientInterceptor,
+    grpc.StreamUnaryClientInterceptor,
+    grpc.StreamStreamClientInterceptor,
+)
 
-class Client:
+
+class Client(Connection):
     """A connection to a digit server.
 
-    May be shared between threads. A context manager; otherwise call `close`.
-    The connection is made by the first call, and made again when it is lost.
+    May be shared between threads. A forked process opens a connection of its
+    own, or raises RuntimeError if at the fork a call was under way in another
+    thread, or an `AsyncClient` had been used. A context manager; otherwise call `close`. The connection is made by
+    the first call, and made again when it is lost.
+
+        with client.Client("localhost:50051") as digits:
+            digits.classify("digit.png")
 
     Args:
-        target: `host:port`, or any gRPC target such as `dns:///digits:50051` or
-            `unix:/run/digits.sock`; else the environment variable
-            `MNIST_GRPC_TARGET`, else `localhost:50051`.
+        target: `host:port`, the port 50051 where it is left out, or any gRPC
+            target such as `dns:///digits:50051` or `unix:/run/digits.sock`;
+            else the environment variable `MNIST_GRPC_TARGET`, else
+            `localhost:50051`. Several, in a sequence or with commas between:
+            calls are spread over those that can be reached.
         timeout: seconds that a call may take unless it says otherwise.
+        tls: True, or a `client.TLS` where the server's authority is not a
+            public one, or where it asks for a certificate.
+        token: sent with each call as `authorization: Bearer …`; a function is
+            asked at each call, and should not take long. Only with TLS, or to
+            this machine.
+        metadata: pairs to send with each call.
+        interceptors: of gRPC's, for `Client` its synchronous, for
+            `AsyncClient` its asynchronous ones.
+        connections: TCP connections to each server. A server with several
+            workers, or a balancer in front of several, spreads connections and
+            not calls: take more than there are workers.
+        wait_for_ready: calls wait for the server, within their timeout, in
+            place of failing when it cannot be reached.
 
     Every call raises a subclass of `MnistGrpcError`: `InvalidImageError`,
     `DeadlineExceededError`, `OverloadedError`, `UnavailableError`,
     `UnauthenticatedError` or `ServerError`. Calls that meet an overloaded or
-    unavailable server are retried a few times within their timeout.
+    unavailable server are retried a few times within their timeout. After
+    `close` they raise RuntimeError.
+
+    Raises:
+        ValueError: an argument breaks a rule, which the message tells.
     """
 
-    def __init__(self, target: str | None = None, *, timeout: float = _core.DEFAULT_TIMEOUT) -> None:
-        self.target = _core.resolve_target(target)
-        self.timeout = _core.checked_timeout(timeout)
-        self._channel = grpc.insecure_channel(self.target, options=_core.channel_options(self.target))
-        self._stub = DigitClassifierStub(self._channel)
-        self._closed = False
+    _opened: _Open | None
+
+    def __init__(
+        self,
+        target: str | Sequence[str] | None = None,
+        *,
+        timeout: float = _core.DEFAULT_TIMEOUT,
+        tls: bool | TLS = False,
+        token: str | Callable[[], str] | None = None,
+        metadata: Mapping[str, str] | None = None,
+        interceptors: Sequence[Interceptor] = (),
+        connections: int = 1,
+        wait_for_ready: bool = False,
+    ) -> None:
+        settings = channel_settings(
+            target,
+            tls=tls,
+            token=token,
+            metadata=metadata,
+            interceptors=checked_interceptors(interceptors, _INTERCEPTORS, "Client"),
+            connections=connections,
+            wait_for_ready=wait_for_ready,
+        )
+        super().__init__(settings, timeout)
 
     def __enter__(self) -> Self:
+        self._enter()
         return self
 
     def __exit__(
@@ -54,8 +110,25 @@ class Client:
 
     def close(self) -> None:
         """Close the connection; calls that are under way fail. May be called again."""
-        self._closed = True
-        self._channel.close()
+        with self._opening:
+            self._closed = True
+            opened = self._opened
+        if opened is not None:
+            opened.router.close()
+
+    @property
+    def _stub(self) -> DigitClassifierStub:
+        """What calls are made with, each over one of the connections; opened by the first."""
+        return self._open().stub
+
+    def _open(self) -> _Open:
+        if self._opened is None:
+            with self._opening:
+                self._enter()
+                if self._opened is None:
+                    _fork.check(asyncio=False)
+                    self._opened = _Open(self._settings)
+        return self._opened
 
     def classify(self, image: Image, *, timeout: float | None = None) -> Prediction:
         """Read the digit in one image.
@@ -138,45 +211,34 @@ class Client:
         Raises:
             UnavailableError: it does not within `timeout` seconds.
         """
-        deadline = time.monotonic() + timeout
-        with self._call(timeout):
-            watch = self._channel.unary_stream(
-                _core.HEALTH_WATCH, request_serializer=bytes, response_deserializer=bytes
-            )
-            while (remaining := deadline - time.monotonic()) > 0:
-                call: Any = watch(_core.health_request(), timeout=remaining, wait_for_ready=True)
+        with self._call(timeout) as seconds:
+            router = self._open().router
+            watch = router.unary_stream(_core.HEALTH_WATCH, request_serializer=bytes, response_deserializer=bytes)
+            waiting = _core.Waiting(self.target, seconds, router.has_several_servers)
+            while True:
+                call = watch(_core.health_request(), timeout=waiting.seconds_of_call(), wait_for_ready=True)
                 try:
                     for status in call:
                         if _core.is_serving(status):
                             return
                 except grpc.RpcError as error:
-                    if error.code() not in _core.WORTH_WAITING:
-                        raise
+                    waiting.end_of_call(error)
                 finally:
                     # A channel that others instrumented may give a generator in place of a call.
                     (call.cancel if hasattr(call, "cancel") else call.close)()
                 time.sleep(_core.READY_PAUSE)
-        raise _core.not_ready(self.target, timeout)
 
     def is_serving(self, *, timeout: float | None = None) -> bool:
         """Whether the server answers that it serves; False while it loads or drains."""
-        check = self._channel.unary_unary(_core.HEALTH_CHECK, request_serializer=bytes, response_deserializer=bytes)
         with self._call(timeout) as seconds:
+            router = self._open().router
+            check = router.unary_unary(_core.HEALTH_CHECK, request_serializer=bytes, response_deserializer=bytes)
             return _core.is_serving(check(_core.health_request(), timeout=seconds))
 
-    @contextmanager
-    def _call(self, timeout: float | None) -> Iterator[float]:
-        seconds = self._seconds(timeout)
-        try:
-            with _core.translate_errors(self.target, seconds):
-                yield seconds
-        except MnistGrpcError as error:
-            if self._closed and error.code is not None:  # gRPC cancels the calls of a channel that is closed
-                raise RuntimeError(_core.CLOSED) from error
-            raise
 
-    def _seconds(self, timeout: float | None) -> float:
-        """The timeout of a call that begins now."""
-        if self._closed:
-            raise RuntimeError(_core.CLOSED)
-        return self.timeout if timeout is None else _core.checked_timeout(timeout)
+class _Open:
+    """What there is once the connection was opened."""
+
+    def __init__(self, settings: ChannelSettings) -> None:
+        self.router = SyncRouter(settings)
+        self.stub = DigitClassifierStub(cast(grpc.Channel, self.router))

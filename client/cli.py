@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from client._core import DEFAULT_TARGET, DEFAULT_TIMEOUT, TARGET_VARIABLE, checked_timeout
+from client._channel import DEFAULT_TARGET, TARGET_VARIABLE, TLS
+from client._core import DEFAULT_TIMEOUT, checked_timeout
 from client._errors import MnistGrpcError
 from client._sync import Client
 from client._types import Prediction
 
+VARIABLE_PREFIX = "MNIST_GRPC_"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return 0 if all went well, 1 if something did not, 2 for a wrong command line."""
-    options = _parser().parse_args(arguments)
-    with Client(options.target, timeout=options.timeout) as client:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        opened = _client(options)
+    except ValueError as error:
+        parser.error(str(error))
+    with opened as client:
         try:
             result: int = options.run(client, options)
         except MnistGrpcError as error:
@@ -29,6 +40,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             return 130
     return result
+
+
+def _client(options: argparse.Namespace) -> Client:
+    """The client that the common options describe; what is given for TLS asks for TLS.
+
+    Raises:
+        ValueError: an option, or a file that it names, cannot be used.
+    """
+    tls = options.tls
+    if options.ca or options.cert or options.key or options.server_name:
+        tls = TLS(options.ca, options.cert, options.key, options.server_name)
+    token = None if options.token_file is None else functools.partial(_read_token, options.token_file)
+    if token is not None:
+        token()  # what is wrong with the file is told before anything is done
+    return Client(options.target, timeout=options.timeout, tls=tls, token=token)
+
+
+def _read_token(path: str) -> str:
+    """The first token of a file as the server has one: a token a line, comments after #."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the token file {path}: {getattr(error, 'strerror', None) or 'no UTF-8 text'}") from error
+    for line in map(str.strip, lines):
+        if line and not line.startswith("#"):
+            return line
+    raise ValueError(f"the token file {path} holds no token")
 
 
 def _classify(client: Client, options: argparse.Namespace) -> int:
@@ -79,6 +117,13 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--timeout", type=_seconds, default=DEFAULT_TIMEOUT, help="seconds a call may take (default: %(default)g)"
     )
+    secure = common.add_argument_group("security", f"paths also by ${VARIABLE_PREFIX}CA, _CERT, _KEY and _TOKEN_FILE")
+    secure.add_argument("--tls", action="store_true", help="use TLS; the options --ca to --server-name imply it")
+    secure.add_argument("--ca", **_path("ca"), help="authorities (PEM) to trust (default: those that gRPC brings)")
+    secure.add_argument("--cert", **_path("cert"), help="certificate (PEM) of this client, if the server asks for one")
+    secure.add_argument("--key", **_path("key"), help="private key (PEM) of --cert")
+    secure.add_argument("--server-name", metavar="NAME", help="name in the server's certificate, if not the target's")
+    secure.add_argument("--token-file", **_path("token_file"), help="file of which the first token goes with each call")
     common.add_argument("--json", action="store_true", help="one JSON object a line, for programs")
     parser = argparse.ArgumentParser(
         prog="mnist-grpc", description="Read handwritten digits with an mnist-grpc server."
@@ -95,6 +140,10 @@ def _parser() -> argparse.ArgumentParser:
     health = commands.add_parser("health", parents=[common], help="ask whether the server serves; exit code 0 if so")
     health.set_defaults(run=_health)
     return parser
+
+
+def _path(name: str) -> dict[str, Any]:
+    return {"metavar": "FILE", "default": os.environ.get(f"{VARIABLE_PREFIX}{name.upper()}") or None}
 
 
 def _seconds(text: str) -> float:

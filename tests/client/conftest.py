@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -41,6 +41,8 @@ Handler: TypeAlias = Callable[[Any, Any], Any]
 @pytest.fixture(autouse=True)
 def _no_target_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MNIST_GRPC_TARGET", raising=False)
+    for name in ("grpc_proxy", "https_proxy", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
 
 
 # Digits ---------------------------------------------------------------------
@@ -63,16 +65,16 @@ def blank() -> GreyImage:
 # The real server ------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def server_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@contextmanager
+def real_server(folder: Path, *flags: str | Path) -> Iterator[str]:
     """`host:port` of a real server, a process of MNIST_GRPC_SERVER_PYTHON where that is set."""
     python = os.environ.get("MNIST_GRPC_SERVER_PYTHON", sys.executable)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MNIST_GRPC_")}
-    log = tmp_path_factory.mktemp("server") / "log.txt"
+    log = folder / "log.txt"
     with (
         log.open("w") as stderr,
         subprocess.Popen(
-            [python, "-m", "server", "--port", "0"],
+            [python, "-m", "server", "--port", "0", *map(str, flags)],
             cwd=ROOT,
             env=environment | {"PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
@@ -96,6 +98,13 @@ def server_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             process.kill()
 
 
+@pytest.fixture(scope="session")
+def server_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`host:port` of a real server in plaintext."""
+    with real_server(tmp_path_factory.mktemp("server")) as address:
+        yield address
+
+
 # Fakes ----------------------------------------------------------------------
 
 
@@ -106,6 +115,7 @@ class Fakes:
         self.stopping = threading.Event()
         """What a handler that never answers waits for."""
         self._labels = {image.tobytes(): index % 10 for index, image in enumerate(digits)}
+        self._servers: dict[str, grpc.Server] = {}
         self._cleanup = ExitStack()
 
     def serve(
@@ -118,6 +128,8 @@ class Fakes:
         watch: Handler | None = None,
         port: int = 0,
         options: Sequence[tuple[str, Any]] = (),
+        credentials: grpc.ServerCredentials | None = None,
+        unix: str | None = None,
     ) -> str:
         """Start a server on these handlers, `(request, context) -> response`; return its address."""
         pool = self._cleanup.enter_context(ThreadPoolExecutor(16))
@@ -130,10 +142,17 @@ class Fakes:
         if watch is not None:
             health["Watch"] = grpc.unary_stream_rpc_method_handler(watch)
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("grpc.health.v1.Health", health),))
-        port = server.add_insecure_port(f"127.0.0.1:{port}")
+        address = unix or f"127.0.0.1:{port}"
+        port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
         server.start()
+        address = unix or f"127.0.0.1:{port}"
+        self._servers[address] = server
         self._cleanup.callback(lambda: server.stop(0).wait(PATIENCE))
-        return f"127.0.0.1:{port}"
+        return address
+
+    def stop(self, address: str) -> None:
+        """End one of the servers, and the calls that it has."""
+        self._servers[address].stop(0).wait(PATIENCE)
 
     def answer(self, request: pb.ClassifyRequest) -> pb.ClassifyResponse:
         """The right digits, each with a probability of 0.91."""
@@ -231,9 +250,12 @@ class LoopThread:
 class DrivenAsyncClient:
     """An AsyncClient with the methods of Client, so that a case is written once for both."""
 
-    def __init__(self, thread: LoopThread, target: str | None, timeout: float) -> None:
+    def __init__(self, thread: LoopThread, target: str | Sequence[str] | None, **options: Any) -> None:
         self._thread = thread
-        self._client = client.AsyncClient(target, timeout=timeout)
+        self._client = client.AsyncClient(target, **options)
+
+    def __repr__(self) -> str:
+        return repr(self._client)
 
     def close(self) -> None:
         self._thread.run(self._client.close())
@@ -306,9 +328,9 @@ def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
     opened: list[Twin] = []
     thread: LoopThread | None = None if request.param == "Client" else request.getfixturevalue("loop_thread")
 
-    def connect(target: str | None = None, *, timeout: float = 10) -> Twin:
+    def connect(target: str | Sequence[str] | None = None, **options: Any) -> Twin:
         twin: Twin = (
-            client.Client(target, timeout=timeout) if thread is None else DrivenAsyncClient(thread, target, timeout)
+            client.Client(target, **options) if thread is None else DrivenAsyncClient(thread, target, **options)
         )
         opened.append(twin)
         return twin

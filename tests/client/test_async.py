@@ -294,7 +294,17 @@ asyncio.run(drop())
 gc.collect()
 """
     process = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script, server_address, digits[7].tobytes().hex()],
+        [
+            sys.executable,
+            "-W",
+            "error",
+            "-W",
+            "ignore::ResourceWarning",
+            "-c",
+            script,
+            server_address,
+            digits[7].tobytes().hex(),
+        ],
         cwd=Path(client.__file__).parents[1],
         capture_output=True,
         text=True,

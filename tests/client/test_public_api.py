@@ -25,9 +25,11 @@ NAMES = [
     "OvertakenError",
     "Prediction",
     "ServerError",
+    "TLS",
     "UnauthenticatedError",
     "UnavailableError",
     "classify",
+    "request_id",
 ]
 METHODS = ["classify", "classify_batch", "close", "get_model", "is_serving", "stream_classify", "wait_ready"]
 

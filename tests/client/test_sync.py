@@ -27,7 +27,7 @@ HOME = Path(client.__file__).parents[1]
 def run_script(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Python with this very client; a process that does not end is an error."""
     return subprocess.run(
-        [sys.executable, "-W", "error", "-c", script, *arguments],
+        [sys.executable, "-W", "error", "-W", "ignore::ResourceWarning", "-c", script, *arguments],
         cwd=HOME,
         capture_output=True,
         text=True,
