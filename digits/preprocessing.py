@@ -28,8 +28,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-SIDE = 28
-PIXELS = SIDE * SIDE  # 784, the network's inputs
+from digits.canonical import PIXELS as PIXELS
+from digits.canonical import SIDE as SIDE
+from digits.canonical import is_canonical as is_canonical
+
 CLASSES = 10
 
 INK_SIDE = 20
@@ -53,9 +55,6 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")
 
 _WORKING_SIDE = 280  # to which pictures are shrunk before their ink is measured
 _MIN_CONTRAST = 16  # of 255: less than this between paper and ink is a blank image
-_CANONICAL_CENTER = (13.4, 14.6)  # measured on MNIST's 70,000 images: 13.48 to 14.50
-_CANONICAL_SIDES = (19, 20)  # measured: 20, and 19 in 16 images
-_CANONICAL_PEAK = 254  # measured: the brightest pixel of an image is 254 or 255
 
 GreyImage: TypeAlias = npt.NDArray[np.uint8]
 ImageLike: TypeAlias = (
@@ -81,7 +80,10 @@ def to_pixels(image: ImageLike) -> npt.NDArray[np.uint8]:
         InvalidImage: it cannot be read, is too large or too small, has several
             frames, is blank, or is an array of the wrong shape, type or range.
     """
-    grey = _grey_of_array(image) if _is_array(image) else _grey_of_file(image)
+    if type(image) is np.ndarray and image.dtype == np.uint8 and image.shape == (SIDE, SIDE):
+        grey = image  # nothing to read: what follows is all that a canonical image costs
+    else:
+        grey = _grey_of_array(image) if _is_array(image) else _grey_of_file(image)
     if is_canonical(grey):
         return grey.copy()  # never the caller's own memory
     ink = _bright_on_black(grey)
@@ -101,20 +103,6 @@ def normalize(pixels: npt.NDArray[np.uint8], mean: float = MEAN, std: float = ST
     features -= np.float32(mean)
     features /= np.float32(std)
     return features
-
-
-def is_canonical(grey: GreyImage) -> bool:
-    """Whether a grey image, `uint8[h, w]`, already is as MNIST's images are."""
-    if grey.shape != (SIDE, SIDE) or grey.max() < _CANONICAL_PEAK:
-        return False
-    rows = np.flatnonzero(grey.any(axis=1))
-    columns = np.flatnonzero(grey.any(axis=0))
-    longer = max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1
-    if longer not in _CANONICAL_SIDES:
-        return False
-    low, high = _CANONICAL_CENTER
-    y, x = _center_of_mass(grey)
-    return bool(low <= y <= high and low <= x <= high)
 
 
 # Reading --------------------------------------------------------------------
