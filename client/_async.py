@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import grpc
 
-from client import _core, _fork
+from client import _core, _fork, _request_id
+from client._async_gather import AsyncGather
 from client._async_stream import AsyncStream, prepare
 from client._channel import TLS, ChannelSettings, channel_settings, checked_interceptors
 from client._connection import Connection
@@ -63,6 +64,7 @@ class AsyncClient(Connection):
         interceptors: Sequence[grpc.aio.ClientInterceptor] = (),
         connections: int = 1,
         wait_for_ready: bool = False,
+        coalesce: bool = True,
     ) -> None:
         settings = channel_settings(
             target,
@@ -74,6 +76,7 @@ class AsyncClient(Connection):
             wait_for_ready=wait_for_ready,
         )
         super().__init__(settings, timeout)
+        self._coalesce = coalesce
         self._streams: weakref.WeakSet[AsyncStream] = weakref.WeakSet()
 
     async def __aenter__(self) -> Self:
@@ -95,6 +98,7 @@ class AsyncClient(Connection):
         for stream in self._streams:
             stream.abandon(RuntimeError(_core.CLOSED))
         if opened is not None and not gone:
+            await opened.gather.close()
             await opened.router.close()
 
     @property
@@ -118,10 +122,21 @@ class AsyncClient(Connection):
 
     async def classify(self, image: Image, *, timeout: float | None = None) -> Prediction:
         """See `Client.classify`. Files are prepared in a thread."""
-        request = _core.build_request(await prepare(image))
-        with self._call(timeout) as seconds:
-            response = await self._stub.Classify(request, timeout=seconds)
+        pixels = _core.quick_bytes(image) or (await prepare(image)).tobytes()
+        gather = self._gather()
+        if gather is not None and not gather.begin_alone():
+            return await gather.join(pixels, self._seconds(timeout))
+        try:
+            with self._call(timeout) as seconds:
+                response = await self._stub.Classify(pb.ClassifyRequest(pixels=pixels), timeout=seconds)
+        finally:
+            if gather is not None:
+                gather.end_alone()
         return _core.parse_response(response, 1, self.target)[0]
+
+    def _gather(self) -> AsyncGather | None:
+        """See `Client._gather`."""
+        return self._open().gather if self._coalesce and _request_id.given() is None else None
 
     async def classify_batch(self, images: Iterable[Image], *, timeout: float | None = None) -> list[Prediction]:
         """See `Client.classify_batch`. Images are prepared in a thread."""
@@ -215,3 +230,4 @@ class _Open:
         self.router = AsyncRouter(settings)
         stub: Any = DigitClassifierStub(cast(grpc.Channel, self.router))
         self.stub: DigitClassifierAsyncStub = stub
+        self.gather = AsyncGather(settings.target, stub)

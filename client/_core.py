@@ -6,6 +6,7 @@ ours. The clients themselves only open channels and make calls.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 from collections.abc import Iterable, Iterator
@@ -30,6 +31,7 @@ from client._errors import (
     UnavailableError,
 )
 from client._types import Image, Model, Prediction
+from digits.canonical import canonical_bytes
 from digits.preprocessing import CLASSES, PIXELS, InvalidImage, to_pixels
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 
@@ -40,6 +42,8 @@ CHUNK_IMAGES = 1024  # of classify_batch: 0.8 MB a message, well below the serve
 CHUNKS_IN_FLIGHT = 4
 STREAM_WINDOW = 256  # frames whose results were not yet taken
 PACKED_FRAMES = 64  # in one message of a stream
+
+_BYTE = np.dtype(np.uint8)
 
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
@@ -85,6 +89,16 @@ def prepare(image: Image, index: int | None = None) -> npt.NDArray[np.uint8]:
         raised = InvalidImageError(str(error) if index is None else f"image {index}: {error}")
         raised.index = index
         raise raised from error
+
+
+def prepare_bytes(image: Image) -> bytes:
+    """As `prepare`, the pixels as they go into a message."""
+    return quick_bytes(image) or prepare(image).tobytes()
+
+
+def quick_bytes(image: Image) -> bytes | None:
+    """The pixels of an array that already is as MNIST's images are, which takes no time; else None."""
+    return canonical_bytes(image) if type(image) is np.ndarray and image.dtype is _BYTE else None
 
 
 def is_quick(image: Image) -> bool:
@@ -207,6 +221,32 @@ def error_of_call(error: grpc.RpcError, target: str, timeout: float) -> MnistGrp
     raised.retry_after = wait
     raised.request_id = trailers.get(_request_id.KEY) or _request_id.given()
     raised.__cause__ = error
+    return raised
+
+
+def error_of_member(error: Exception, target: str, timeout: float) -> Exception:
+    """The error of one of several calls whose common message failed: each caller has one of its own."""
+    if isinstance(error, DeadlineExceededError):
+        return no_answer(target, timeout, error.__cause__)
+    own = copy.copy(error)
+    own.__cause__ = error.__cause__
+    return own
+
+
+def is_too_long(error: Exception, images: int) -> bool:
+    """Whether a message of so many images was refused for its length.
+
+    Nothing else can be wrong with pixels that were made here. A server with a
+    short queue or a low message limit takes the same images in several messages.
+    """
+    return images > 1 and isinstance(error, InvalidImageError)
+
+
+def no_answer(target: str, timeout: float, cause: BaseException | None = None) -> DeadlineExceededError:
+    """The error of a call that waits no longer than its timeout for a message that it shares."""
+    raised = DeadlineExceededError(f"{target}: no answer within {timeout:g} s")
+    raised.code = grpc.StatusCode.DEADLINE_EXCEEDED.name
+    raised.__cause__ = cause
     return raised
 
 

@@ -10,11 +10,12 @@ from typing import Self, TypeAlias, cast
 
 import grpc
 
-from client import _core, _fork
+from client import _core, _fork, _request_id
 from client._channel import TLS, ChannelSettings, channel_settings, checked_interceptors
 from client._connection import Connection
 from client._errors import MnistGrpcError
 from client._routing import SyncRouter
+from client._sync_gather import SyncGather
 from client._sync_stream import SyncStream
 from client._types import Image, Model, Prediction
 from protos.mnist.v1 import digit_classifier_pb2 as pb
@@ -61,6 +62,10 @@ class Client(Connection):
         connections: TCP connections to each server. A server with several
             workers, or a balancer in front of several, spreads connections and
             not calls: take more than there are workers.
+        coalesce: `classify` calls that are made while others are on their way
+            go together in one message, which is many times cheaper. A lone
+            call waits for nobody, and calls with a `request_id` of their own
+            go by themselves.
         wait_for_ready: calls wait for the server, within their timeout, in
             place of failing when it cannot be reached.
 
@@ -87,6 +92,7 @@ class Client(Connection):
         interceptors: Sequence[Interceptor] = (),
         connections: int = 1,
         wait_for_ready: bool = False,
+        coalesce: bool = True,
     ) -> None:
         settings = channel_settings(
             target,
@@ -98,6 +104,7 @@ class Client(Connection):
             wait_for_ready=wait_for_ready,
         )
         super().__init__(settings, timeout)
+        self._coalesce = coalesce
 
     def __enter__(self) -> Self:
         self._enter()
@@ -114,6 +121,7 @@ class Client(Connection):
             self._closed = True
             opened = self._opened
         if opened is not None:
+            opened.gather.close()
             opened.router.close()
 
     @property
@@ -137,10 +145,21 @@ class Client(Connection):
             image: see `client.Image`.
             timeout: seconds for this call; else the client's.
         """
-        request = _core.build_request(_core.prepare(image))
-        with self._call(timeout) as seconds:
-            response = self._stub.Classify(request, timeout=seconds)
+        pixels = _core.prepare_bytes(image)
+        gather = self._gather()
+        if gather is not None and not gather.begin_alone():
+            return gather.join(pixels, self._seconds(timeout))
+        try:
+            with self._call(timeout) as seconds:
+                response = self._stub.Classify(pb.ClassifyRequest(pixels=pixels), timeout=seconds)
+        finally:
+            if gather is not None:
+                gather.end_alone()
         return _core.parse_response(response, 1, self.target)[0]
+
+    def _gather(self) -> SyncGather | None:
+        """Where a call may meet others; None if it goes by itself, as one does that has an id of its own."""
+        return self._open().gather if self._coalesce and _request_id.given() is None else None
 
     def classify_batch(self, images: Iterable[Image], *, timeout: float | None = None) -> list[Prediction]:
         """Read the digits in any number of images; return the answers in their order.
@@ -242,3 +261,4 @@ class _Open:
     def __init__(self, settings: ChannelSettings) -> None:
         self.router = SyncRouter(settings)
         self.stub = DigitClassifierStub(cast(grpc.Channel, self.router))
+        self.gather = SyncGather(settings.target, self.stub)
