@@ -5,17 +5,27 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
-from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import aclosing, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import grpc
 
 from client import _core, _fork, _request_id
+from client._async_batch import exchange
 from client._async_gather import AsyncGather
 from client._async_stream import AsyncStream, prepare
+from client._batch import MESSAGES_IN_FLIGHT, Chunks, progress_bar
 from client._channel import TLS, ChannelSettings, channel_settings, checked_interceptors
 from client._connection import Connection
 from client._errors import MnistGrpcError
@@ -138,28 +148,27 @@ class AsyncClient(Connection):
         """See `Client._gather`."""
         return self._open().gather if self._coalesce and _request_id.given() is None else None
 
-    async def classify_batch(self, images: Iterable[Image], *, timeout: float | None = None) -> list[Prediction]:
-        """See `Client.classify_batch`. Images are prepared in a thread."""
-        predictions: list[Prediction] = []
-        calls: deque[tuple[int, grpc.aio.UnaryUnaryCall[pb.ClassifyRequest, pb.ClassifyResponse]]] = deque()
-        requests = _core.build_requests(images)
+    async def classify_batch(
+        self, images: Iterable[Image] | AsyncIterable[Image], *, timeout: float | None = None, progress: bool = False
+    ) -> list[Prediction]:
+        """See `Client.classify_batch`. Images are prepared in threads; they may also be an async iterable."""
+        return [prediction async for chunk in self._exchange(images, timeout, progress) for prediction in chunk]
 
-        async def take_answer() -> None:
-            count, call = calls.popleft()
-            predictions.extend(_core.parse_response(await call, count, self.target))
+    def classify_iter(
+        self, images: Iterable[Image] | AsyncIterable[Image], *, timeout: float | None = None, progress: bool = False
+    ) -> AsyncIterator[Prediction]:
+        """See `Client.classify_iter`. Images are prepared in threads; they may also be an async iterable."""
+        return _flat(self._exchange(images, timeout, progress))
 
-        with self._call(timeout) as seconds:
-            try:
-                while (request := await asyncio.to_thread(next, requests, None)) is not None:
-                    calls.append((_core.count_images(request), self._stub.Classify(request, timeout=seconds)))
-                    if len(calls) == _core.CHUNKS_IN_FLIGHT:
-                        await take_answer()
-                while calls:
-                    await take_answer()
-            finally:
-                for _, call in calls:
-                    call.cancel()
-        return predictions
+    def _exchange(
+        self, images: Iterable[Image] | AsyncIterable[Image], timeout: float | None, progress: bool
+    ) -> AsyncGenerator[list[Prediction], None]:
+        self._seconds(timeout)  # which checks it, now and not when the first answer is taken
+        opened = self._open()
+        most = MESSAGES_IN_FLIGHT * len(opened.router.links)
+        bar = progress_bar(progress, images)
+        chunks = Chunks(() if isinstance(images, AsyncIterable) else images)
+        return exchange(images, chunks, opened.stub, lambda: self._call(timeout), most, self.target, bar)
 
     def stream_classify(
         self,
@@ -220,6 +229,13 @@ class AsyncClient(Connection):
                 # grpc.aio cancels the calls of a channel that is closed; nobody cancelled this task.
                 raise RuntimeError(_core.CLOSED) from None
             raise
+
+
+async def _flat(chunks: AsyncGenerator[list[Prediction], None]) -> AsyncIterator[Prediction]:
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            for prediction in chunk:
+                yield prediction
 
 
 class _Open:

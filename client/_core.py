@@ -7,9 +7,8 @@ ours. The clients themselves only open channels and make calls.
 from __future__ import annotations
 
 import copy
-import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,8 +37,6 @@ from protos.mnist.v1 import digit_classifier_pb2 as pb
 DEFAULT_TIMEOUT = 10.0  # seconds
 MAX_TIMEOUT = 1e9  # seconds, 31 years; gRPC's clock overflows somewhere above
 DEFAULT_READY_TIMEOUT = 30.0  # seconds
-CHUNK_IMAGES = 1024  # of classify_batch: 0.8 MB a message, well below the server's 4 MiB
-CHUNKS_IN_FLIGHT = 4
 STREAM_WINDOW = 256  # frames whose results were not yet taken
 PACKED_FRAMES = 64  # in one message of a stream
 
@@ -109,18 +106,6 @@ def is_quick(image: Image) -> bool:
 def build_request(pixels: npt.NDArray[np.uint8]) -> pb.ClassifyRequest:
     """A request for pixels `uint8[784]` or `uint8[n, 784]`."""
     return pb.ClassifyRequest(pixels=pixels.tobytes())
-
-
-def count_images(request: pb.ClassifyRequest) -> int:
-    """How many images a request of ours carries."""
-    return len(request.pixels) // PIXELS
-
-
-def build_requests(images: Iterable[Image]) -> Iterator[pb.ClassifyRequest]:
-    """Requests for any number of images, `CHUNK_IMAGES` at a time."""
-    numbered = enumerate(images)
-    while chunk := [prepare(image, index) for index, image in itertools.islice(numbered, CHUNK_IMAGES)]:
-        yield build_request(np.stack(chunk))
 
 
 def health_request() -> bytes:
