@@ -71,6 +71,8 @@ class Chunks:
 
     def __init__(self, images: Iterable[Image]) -> None:
         self._array = _as_array(images)
+        if isinstance(images, np.ndarray) and self._array is None:
+            images = images.tolist()  # of NumPy's strings, plain ones
         self._source = iter(images) if self._array is None else iter(())
         self._done = 0
         self._size = FIRST_IMAGES
@@ -82,7 +84,7 @@ class Chunks:
         return self
 
     def __next__(self) -> Chunk:
-        if self._error is None and (images := self._take()):
+        if self._error is None and (images := self._take()) is not None:
             return self.prepare(images)
         if self._error is not None:
             raise self._error
