@@ -246,4 +246,4 @@ class _Open:
         self.router = AsyncRouter(settings)
         stub: Any = DigitClassifierStub(cast(grpc.Channel, self.router))
         self.stub: DigitClassifierAsyncStub = stub
-        self.gather = AsyncGather(settings.target, stub)
+        self.gather = AsyncGather(settings.target, stub, len(self.router.links))

@@ -35,10 +35,10 @@ class _Message:
 class AsyncGather:
     """The calls of one client in one event loop."""
 
-    def __init__(self, target: str, stub: DigitClassifierAsyncStub) -> None:
+    def __init__(self, target: str, stub: DigitClassifierAsyncStub, connections: int = 1) -> None:
         self._target = target
         self._stub = stub
-        self._gathering: Gathering[_Caller] = Gathering()
+        self._gathering: Gathering[_Caller] = Gathering(connections)
         self._messages: set[_Message] = set()  # on their way
         self._callers: set[_Caller] = set()  # who wait for an answer
         self._alarm: asyncio.TimerHandle | None = None  # one for all of them: most end long before their time is over

@@ -211,10 +211,10 @@ def error_of_call(error: grpc.RpcError, target: str, timeout: float) -> MnistGrp
 
 def error_of_member(error: Exception, target: str, timeout: float) -> Exception:
     """The error of one of several calls whose common message failed: each caller has one of its own."""
-    if isinstance(error, DeadlineExceededError):
-        return no_answer(target, timeout, error.__cause__)
     own = copy.copy(error)
     own.__cause__ = error.__cause__
+    if isinstance(own, DeadlineExceededError):
+        own.args = no_answer(target, timeout).args  # the caller's own timeout, not what was left of it
     return own
 
 
@@ -227,11 +227,11 @@ def is_too_long(error: Exception, images: int) -> bool:
     return images > 1 and isinstance(error, InvalidImageError)
 
 
-def no_answer(target: str, timeout: float, cause: BaseException | None = None) -> DeadlineExceededError:
+def no_answer(target: str, timeout: float) -> DeadlineExceededError:
     """The error of a call that waits no longer than its timeout for a message that it shares."""
-    raised = DeadlineExceededError(f"{target}: no answer within {timeout:g} s")
-    raised.code = grpc.StatusCode.DEADLINE_EXCEEDED.name
-    raised.__cause__ = cause
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+    raised = DeadlineExceededError(f"{target}: {explain(code, 'Deadline Exceeded', target, timeout, None)}")
+    raised.code = code.name
     return raised
 
 

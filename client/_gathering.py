@@ -17,10 +17,10 @@ from collections import deque
 from typing import Generic, TypeVar
 
 MAX_LONE = 4
-"""So many calls are on their way, each by itself, before the next ones gather."""
+"""So many calls are on their way over each connection, each by itself, before the next ones gather."""
 
 MAX_GATHERED = 2
-"""So many messages are on their way where one of them carries several calls."""
+"""So many messages are on their way where one of them carries several calls, or one for each connection."""
 
 MAX_IMAGES = 256
 """In one message: more make an image hardly cheaper, and all their answers later."""
@@ -62,7 +62,9 @@ class Gathering(Generic[M]):
     What is on its way began with `begin_alone` or `cut`, and ends with `end`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, connections: int = 1) -> None:
+        self._max_lone = MAX_LONE * connections
+        self._max_gathered = max(MAX_GATHERED, connections)
         self._waiting: deque[M] = deque()
         self._lone = 0  # messages on their way that carry one call
         self._gathered = 0  # and those that carry several
@@ -102,7 +104,7 @@ class Gathering(Generic[M]):
     def _room(self) -> bool:
         if self._max_images == 1:  # nothing is gained by waiting
             return True
-        return self._gathered + self._lone < (MAX_GATHERED if self._gathered else MAX_LONE)
+        return self._gathered + self._lone < (self._max_gathered if self._gathered else self._max_lone)
 
     @property
     def first(self) -> M | None:

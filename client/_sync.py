@@ -63,12 +63,12 @@ class Client(Connection):
         connections: TCP connections to each server. A server with several
             workers, or a balancer in front of several, spreads connections and
             not calls: take more than there are workers.
+        wait_for_ready: calls wait for the server, within their timeout, in
+            place of failing when it cannot be reached.
         coalesce: `classify` calls that are made while others are on their way
             go together in one message, which is many times cheaper. A lone
             call waits for nobody, and calls with a `request_id` of their own
             go by themselves.
-        wait_for_ready: calls wait for the server, within their timeout, in
-            place of failing when it cannot be reached.
 
     Every call raises a subclass of `MnistGrpcError`: `InvalidImageError`,
     `DeadlineExceededError`, `OverloadedError`, `UnavailableError`,
@@ -278,4 +278,4 @@ class _Open:
     def __init__(self, settings: ChannelSettings) -> None:
         self.router = SyncRouter(settings)
         self.stub = DigitClassifierStub(cast(grpc.Channel, self.router))
-        self.gather = SyncGather(settings.target, self.stub)
+        self.gather = SyncGather(settings.target, self.stub, len(self.router.links))

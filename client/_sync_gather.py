@@ -36,11 +36,11 @@ class _Caller(Member):
 class SyncGather:
     """The calls of one client; `begin_alone` and `join` may be called from any thread."""
 
-    def __init__(self, target: str, stub: DigitClassifierStub) -> None:
+    def __init__(self, target: str, stub: DigitClassifierStub, connections: int = 1) -> None:
         self._target = target
         self._stub = stub
         self._lock = threading.Lock()
-        self._gathering: Gathering[_Caller] = Gathering()
+        self._gathering: Gathering[_Caller] = Gathering(connections)
         self._watcher: _Caller | None = None  # who sends if the company of the last message does not come again
         self._closed = False
 
