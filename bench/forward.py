@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from bench.scenarios import IMAGES, images
@@ -24,6 +26,12 @@ class Forward:
     def digits(self) -> list[int]:
         """What the network reads on each of the images."""
         digits: list[int] = self._network(self._features).argmax(dim=1).tolist()
+        return digits
+
+    @torch.inference_mode()
+    def digits_of(self, pixels: npt.NDArray[np.uint8]) -> list[int]:
+        """What the network reads on pixels `uint8[n, 784]`."""
+        digits: list[int] = self._network(torch.from_numpy(normalize(pixels))).argmax(dim=1).tolist()
         return digits
 
     @torch.inference_mode()

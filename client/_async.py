@@ -5,16 +5,27 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
-from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import aclosing, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import grpc
 
-from client import _core, _fork
+from client import _core, _fork, _request_id
+from client._async_batch import exchange
+from client._async_gather import AsyncGather
 from client._async_stream import AsyncStream, prepare
+from client._batch import MESSAGES_IN_FLIGHT, Chunks, progress_bar
 from client._channel import TLS, ChannelSettings, channel_settings, checked_interceptors
 from client._connection import Connection
 from client._errors import MnistGrpcError
@@ -63,6 +74,7 @@ class AsyncClient(Connection):
         interceptors: Sequence[grpc.aio.ClientInterceptor] = (),
         connections: int = 1,
         wait_for_ready: bool = False,
+        coalesce: bool = True,
     ) -> None:
         settings = channel_settings(
             target,
@@ -74,6 +86,7 @@ class AsyncClient(Connection):
             wait_for_ready=wait_for_ready,
         )
         super().__init__(settings, timeout)
+        self._coalesce = coalesce
         self._streams: weakref.WeakSet[AsyncStream] = weakref.WeakSet()
 
     async def __aenter__(self) -> Self:
@@ -95,6 +108,7 @@ class AsyncClient(Connection):
         for stream in self._streams:
             stream.abandon(RuntimeError(_core.CLOSED))
         if opened is not None and not gone:
+            await opened.gather.close()
             await opened.router.close()
 
     @property
@@ -118,33 +132,43 @@ class AsyncClient(Connection):
 
     async def classify(self, image: Image, *, timeout: float | None = None) -> Prediction:
         """See `Client.classify`. Files are prepared in a thread."""
-        request = _core.build_request(await prepare(image))
-        with self._call(timeout) as seconds:
-            response = await self._stub.Classify(request, timeout=seconds)
+        pixels = _core.quick_bytes(image) or (await prepare(image)).tobytes()
+        gather = self._gather()
+        if gather is not None and not gather.begin_alone():
+            return await gather.join(pixels, self._seconds(timeout))
+        try:
+            with self._call(timeout) as seconds:
+                response = await self._stub.Classify(pb.ClassifyRequest(pixels=pixels), timeout=seconds)
+        finally:
+            if gather is not None:
+                gather.end_alone()
         return _core.parse_response(response, 1, self.target)[0]
 
-    async def classify_batch(self, images: Iterable[Image], *, timeout: float | None = None) -> list[Prediction]:
-        """See `Client.classify_batch`. Images are prepared in a thread."""
-        predictions: list[Prediction] = []
-        calls: deque[tuple[int, grpc.aio.UnaryUnaryCall[pb.ClassifyRequest, pb.ClassifyResponse]]] = deque()
-        requests = _core.build_requests(images)
+    def _gather(self) -> AsyncGather | None:
+        """See `Client._gather`."""
+        return self._open().gather if self._coalesce and _request_id.given() is None else None
 
-        async def take_answer() -> None:
-            count, call = calls.popleft()
-            predictions.extend(_core.parse_response(await call, count, self.target))
+    async def classify_batch(
+        self, images: Iterable[Image] | AsyncIterable[Image], *, timeout: float | None = None, progress: bool = False
+    ) -> list[Prediction]:
+        """See `Client.classify_batch`. Images are prepared in threads; they may also be an async iterable."""
+        return [prediction async for chunk in self._exchange(images, timeout, progress) for prediction in chunk]
 
-        with self._call(timeout) as seconds:
-            try:
-                while (request := await asyncio.to_thread(next, requests, None)) is not None:
-                    calls.append((_core.count_images(request), self._stub.Classify(request, timeout=seconds)))
-                    if len(calls) == _core.CHUNKS_IN_FLIGHT:
-                        await take_answer()
-                while calls:
-                    await take_answer()
-            finally:
-                for _, call in calls:
-                    call.cancel()
-        return predictions
+    def classify_iter(
+        self, images: Iterable[Image] | AsyncIterable[Image], *, timeout: float | None = None, progress: bool = False
+    ) -> AsyncIterator[Prediction]:
+        """See `Client.classify_iter`. Images are prepared in threads; they may also be an async iterable."""
+        return _flat(self._exchange(images, timeout, progress))
+
+    def _exchange(
+        self, images: Iterable[Image] | AsyncIterable[Image], timeout: float | None, progress: bool
+    ) -> AsyncGenerator[list[Prediction], None]:
+        self._seconds(timeout)  # which checks it, now and not when the first answer is taken
+        opened = self._open()
+        most = MESSAGES_IN_FLIGHT * len(opened.router.links)
+        bar = progress_bar(progress, images)
+        chunks = Chunks(() if isinstance(images, AsyncIterable) else images)
+        return exchange(images, chunks, opened.stub, lambda: self._call(timeout), most, self.target, bar)
 
     def stream_classify(
         self,
@@ -207,6 +231,13 @@ class AsyncClient(Connection):
             raise
 
 
+async def _flat(chunks: AsyncGenerator[list[Prediction], None]) -> AsyncIterator[Prediction]:
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            for prediction in chunk:
+                yield prediction
+
+
 class _Open:
     """What there is once the connection was opened."""
 
@@ -215,3 +246,4 @@ class _Open:
         self.router = AsyncRouter(settings)
         stub: Any = DigitClassifierStub(cast(grpc.Channel, self.router))
         self.stub: DigitClassifierAsyncStub = stub
+        self.gather = AsyncGather(settings.target, stub, len(self.router.links))

@@ -6,9 +6,9 @@ ours. The clients themselves only open channels and make calls.
 
 from __future__ import annotations
 
-import itertools
+import copy
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,16 +30,17 @@ from client._errors import (
     UnavailableError,
 )
 from client._types import Image, Model, Prediction
+from digits.canonical import canonical_bytes
 from digits.preprocessing import CLASSES, PIXELS, InvalidImage, to_pixels
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 
 DEFAULT_TIMEOUT = 10.0  # seconds
 MAX_TIMEOUT = 1e9  # seconds, 31 years; gRPC's clock overflows somewhere above
 DEFAULT_READY_TIMEOUT = 30.0  # seconds
-CHUNK_IMAGES = 1024  # of classify_batch: 0.8 MB a message, well below the server's 4 MiB
-CHUNKS_IN_FLIGHT = 4
 STREAM_WINDOW = 256  # frames whose results were not yet taken
 PACKED_FRAMES = 64  # in one message of a stream
+
+_BYTE = np.dtype(np.uint8)
 
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
@@ -87,6 +88,16 @@ def prepare(image: Image, index: int | None = None) -> npt.NDArray[np.uint8]:
         raise raised from error
 
 
+def prepare_bytes(image: Image) -> bytes:
+    """As `prepare`, the pixels as they go into a message."""
+    return quick_bytes(image) or prepare(image).tobytes()
+
+
+def quick_bytes(image: Image) -> bytes | None:
+    """The pixels of an array that already is as MNIST's images are, which takes no time; else None."""
+    return canonical_bytes(image) if type(image) is np.ndarray and image.dtype is _BYTE else None
+
+
 def is_quick(image: Image) -> bool:
     """Whether preparing an image takes too little to leave the event loop for it."""
     return isinstance(image, np.ndarray) and image.size <= 4 * PIXELS
@@ -95,18 +106,6 @@ def is_quick(image: Image) -> bool:
 def build_request(pixels: npt.NDArray[np.uint8]) -> pb.ClassifyRequest:
     """A request for pixels `uint8[784]` or `uint8[n, 784]`."""
     return pb.ClassifyRequest(pixels=pixels.tobytes())
-
-
-def count_images(request: pb.ClassifyRequest) -> int:
-    """How many images a request of ours carries."""
-    return len(request.pixels) // PIXELS
-
-
-def build_requests(images: Iterable[Image]) -> Iterator[pb.ClassifyRequest]:
-    """Requests for any number of images, `CHUNK_IMAGES` at a time."""
-    numbered = enumerate(images)
-    while chunk := [prepare(image, index) for index, image in itertools.islice(numbered, CHUNK_IMAGES)]:
-        yield build_request(np.stack(chunk))
 
 
 def health_request() -> bytes:
@@ -207,6 +206,32 @@ def error_of_call(error: grpc.RpcError, target: str, timeout: float) -> MnistGrp
     raised.retry_after = wait
     raised.request_id = trailers.get(_request_id.KEY) or _request_id.given()
     raised.__cause__ = error
+    return raised
+
+
+def error_of_member(error: Exception, target: str, timeout: float) -> Exception:
+    """The error of one of several calls whose common message failed: each caller has one of its own."""
+    own = copy.copy(error)
+    own.__cause__ = error.__cause__
+    if isinstance(own, DeadlineExceededError):
+        own.args = no_answer(target, timeout).args  # the caller's own timeout, not what was left of it
+    return own
+
+
+def is_too_long(error: Exception, images: int) -> bool:
+    """Whether a message of so many images was refused for its length.
+
+    Nothing else can be wrong with pixels that were made here. A server with a
+    short queue or a low message limit takes the same images in several messages.
+    """
+    return images > 1 and isinstance(error, InvalidImageError)
+
+
+def no_answer(target: str, timeout: float) -> DeadlineExceededError:
+    """The error of a call that waits no longer than its timeout for a message that it shares."""
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+    raised = DeadlineExceededError(f"{target}: {explain(code, 'Deadline Exceeded', target, timeout, None)}")
+    raised.code = code.name
     return raised
 
 

@@ -28,7 +28,8 @@ CANONICAL_SIDES = (19, 20)
 CANONICAL_PEAK = 254
 """The brightest pixel is this or brighter; measured: 254 or 255."""
 
-_PEAKS = [bytes([peak]) for peak in range(255, CANONICAL_PEAK - 1, -1)]
+_SHAPE = (SIDE, SIDE)
+_BYTE, _FLOAT = np.dtype(np.uint8), np.dtype(np.float32)
 _BLOCK = 64  # images: their floats stay in the cache, and so small a product is computed in the calling thread
 _MOMENTS = np.stack(  # ink, ink times its row, ink times its column
     [np.ones(PIXELS), np.arange(PIXELS) // SIDE, np.arange(PIXELS) % SIDE], axis=1
@@ -37,17 +38,22 @@ _MOMENTS = np.stack(  # ink, ink times its row, ink times its column
 
 def is_canonical(grey: npt.NDArray[np.uint8]) -> bool:
     """Whether a grey image, `uint8[h, w]`, already is as MNIST's images are."""
-    if grey.shape != (SIDE, SIDE):
-        return False
+    return canonical_bytes(grey) is not None
+
+
+def canonical_bytes(grey: npt.NDArray[np.uint8]) -> bytes | None:
+    """The 784 bytes of a grey image, `uint8[h, w]`, that already is as MNIST's images are; else None."""
+    if grey.shape != _SHAPE:
+        return None
     # The methods of bytes find what NumPy needs several times as long for in so small an array.
     by_row = grey.tobytes()
-    if not any(peak in by_row for peak in _PEAKS):
-        return False
+    if not (b"\xff" in by_row or b"\xfe" in by_row):  # CANONICAL_PEAK or brighter
+        return None
     if max(_extent(by_row), _extent(grey.tobytes("F"))) not in CANONICAL_SIDES:
-        return False
-    ink, rows, columns = np.dot(np.frombuffer(by_row, np.uint8).astype(np.float32), _MOMENTS).tolist()
+        return None
+    ink, rows, columns = np.dot(np.frombuffer(by_row, _BYTE).astype(_FLOAT), _MOMENTS).tolist()
     low, high = CANONICAL_CENTER
-    return bool(low <= rows / ink <= high and low <= columns / ink <= high)
+    return by_row if low <= rows / ink <= high and low <= columns / ink <= high else None
 
 
 def are_canonical(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:

@@ -263,31 +263,34 @@ class DrivenAsyncClient:
     def classify(self, image: client.Image, *, timeout: float | None = None) -> client.Prediction:
         return self._thread.run(self._client.classify(image, timeout=timeout))
 
-    def classify_batch(
-        self, images: Iterable[client.Image], *, timeout: float | None = None
-    ) -> list[client.Prediction]:
-        return self._thread.run(self._client.classify_batch(images, timeout=timeout))
+    def classify_batch(self, images: Iterable[client.Image], **options: Any) -> list[client.Prediction]:
+        return self._thread.run(self._client.classify_batch(images, **options))
+
+    def classify_iter(self, images: Iterable[client.Image], **options: Any) -> Iterator[client.Prediction]:
+        return self._iterator(lambda: self._client.classify_iter(images, **options))
 
     def stream_classify(
         self, frames: Iterable[client.Image], **options: Any
     ) -> Iterator[client.Prediction | client.MnistGrpcError]:
-        results: AsyncIterator[client.Prediction | client.MnistGrpcError]
+        return self._iterator(lambda: self._client.stream_classify(frames, **options))
+
+    def _iterator(self, make: Callable[[], AsyncIterator[T]]) -> Iterator[T]:
+        """An async iterator that begins now, as a synchronous one."""
+        results: AsyncIterator[T]
 
         async def begin() -> None:
             nonlocal results
-            results = self._client.stream_classify(frames, **options)
+            results = make()
 
-        async def take() -> client.Prediction | client.MnistGrpcError:
+        async def take() -> T:
             return await anext(results)
 
         self._thread.run(begin())
         return self._iterate(take, lambda: results.aclose())  # type: ignore[attr-defined]
 
     def _iterate(
-        self,
-        take: Callable[[], Coroutine[Any, Any, client.Prediction | client.MnistGrpcError]],
-        end: Callable[[], Coroutine[Any, Any, None]],
-    ) -> Iterator[client.Prediction | client.MnistGrpcError]:
+        self, take: Callable[[], Coroutine[Any, Any, T]], end: Callable[[], Coroutine[Any, Any, None]]
+    ) -> Iterator[T]:
         async def leave() -> None:
             await end()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,44 +70,6 @@ def test_a_single_bad_image_has_no_index(blank: Pixels) -> None:
     with pytest.raises(client.InvalidImageError, match=r"^an image of a digit has a contrast") as caught:
         _core.prepare(blank)
     assert caught.value.index is None
-
-
-@pytest.mark.parametrize(
-    ("count", "sizes"),
-    [(0, []), (1, [1]), (1023, [1023]), (1024, [1024]), (1025, [1024, 1]), (2500, [1024, 1024, 452])],
-)
-def test_requests_hold_1024_images_each(digits: list[Pixels], count: int, sizes: list[int]) -> None:
-    requests = list(_core.build_requests(digits[index % 20] for index in range(count)))
-    assert [len(request.pixels) // 784 for request in requests] == sizes
-    assert b"".join(request.pixels for request in requests) == b"".join(
-        digits[index % 20].tobytes() for index in range(count)
-    )
-
-
-def test_requests_are_built_as_they_are_taken(digits: list[Pixels]) -> None:
-    read = 0
-
-    def images() -> Iterator[Pixels]:
-        nonlocal read
-        while True:
-            read += 1
-            yield digits[0]
-
-    next(_core.build_requests(images()))
-    assert read == 1024
-
-
-def test_an_index_counts_over_all_requests(digits: list[Pixels], blank: Pixels) -> None:
-    requests = _core.build_requests([*[digits[0]] * 1500, blank])
-    next(requests)
-    with pytest.raises(client.InvalidImageError) as caught:
-        next(requests)
-    assert caught.value.index == 1500
-
-
-def test_a_default_request_stays_below_the_limit_of_a_default_server(digits: list[Pixels]) -> None:
-    [request] = _core.build_requests([digits[0]] * _core.CHUNK_IMAGES)
-    assert request.ByteSize() < 4 * 1024 * 1024
 
 
 # Responses ------------------------------------------------------------------

@@ -31,7 +31,16 @@ NAMES = [
     "classify",
     "request_id",
 ]
-METHODS = ["classify", "classify_batch", "close", "get_model", "is_serving", "stream_classify", "wait_ready"]
+METHODS = [
+    "classify",
+    "classify_batch",
+    "classify_iter",
+    "close",
+    "get_model",
+    "is_serving",
+    "stream_classify",
+    "wait_ready",
+]
 
 
 def public_methods(kind: type) -> list[str]:
@@ -66,7 +75,7 @@ def test_arguments_after_the_first_are_named() -> None:
         assert all(argument.kind is inspect.Parameter.KEYWORD_ONLY for argument in arguments[1:]), name
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "stream_classify"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("classify_iter", "stream_classify")])
 def test_the_methods_of_the_async_client_are_awaited(name: str) -> None:
     assert inspect.iscoroutinefunction(getattr(client.AsyncClient, name))
 

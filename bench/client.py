@@ -1,0 +1,242 @@
+"""`python -m bench.client [coalescing|batch]`: what the SDK makes of many calls, and of many images.
+
+coalescing: callers in a closed loop, one client: tasks of an AsyncClient and
+threads of a Client, alone and 64 at a time, with an RPC for each call beside
+calls that go together.
+
+batch: 10,000 images as arrays through `classify_batch`, beside the bare forward
+of the network in batches of 256 in one thread.
+
+Both against a server process of our own with the embedded weights; what is
+compared is measured in turns, in several rounds, and every answer is checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+import client
+from bench.forward import Forward
+from bench.processes import server
+from server.golden import golden_digits
+from server.settings import EMBEDDED_WEIGHTS
+from trainer.data import load_mnist
+
+WARM_UP_SECONDS = 0.3
+FORWARD_SECONDS = 0.5
+FORWARD_BATCH = 256
+IMAGES = 10_000
+
+Pixels: TypeAlias = npt.NDArray[np.uint8]
+Samples: TypeAlias = "dict[str, dict[str, list[float]]]"
+
+
+class WrongAnswer(Exception):
+    """The server said something else than the network."""
+
+
+# Coalescing -----------------------------------------------------------------
+
+
+class Callers:
+    """A closed loop of callers who share a client."""
+
+    def __init__(self, target: str, images: list[Pixels], digits: list[int]) -> None:
+        self._target = target
+        self._images = images
+        self._digits = digits
+        self._latencies: list[float] = []
+
+    def measure(self, kind: str, callers: int, seconds: float, coalesce: bool) -> dict[str, float]:
+        """Calls a second, and the median of their latencies in microseconds."""
+        if kind == "tasks":
+            rate = asyncio.run(self._tasks(callers, seconds, coalesce))
+        else:
+            rate = self._threads(callers, seconds, coalesce)
+        return {"rate": rate, "p50_us": statistics.median(self._latencies) * 1e6}
+
+    async def _tasks(self, callers: int, seconds: float, coalesce: bool) -> float:
+        async with client.AsyncClient(self._target, coalesce=coalesce) as shared:
+
+            async def call(number: int, end: float) -> None:
+                while (start := time.perf_counter()) < end:
+                    number = (number + 1) % len(self._images)
+                    prediction = await shared.classify(self._images[number])
+                    self._note(number, prediction, time.perf_counter() - start)
+
+            for duration in (WARM_UP_SECONDS, seconds):
+                self._latencies.clear()
+                start = time.perf_counter()
+                await asyncio.gather(*(call(number, start + duration) for number in range(callers)))
+            return len(self._latencies) / (time.perf_counter() - start)
+
+    def _threads(self, callers: int, seconds: float, coalesce: bool) -> float:
+        failures: list[BaseException] = []
+        with client.Client(self._target, coalesce=coalesce) as shared:
+
+            def call(number: int, end: float) -> None:
+                try:
+                    while (start := time.perf_counter()) < end and not failures:
+                        number = (number + 1) % len(self._images)
+                        prediction = shared.classify(self._images[number])
+                        self._note(number, prediction, time.perf_counter() - start)
+                except BaseException as error:
+                    failures.append(error)
+
+            for duration in (WARM_UP_SECONDS, seconds):
+                self._latencies.clear()
+                start = time.perf_counter()
+                threads = [threading.Thread(target=call, args=(number, start + duration)) for number in range(callers)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+            if failures:
+                raise failures[0]
+            return len(self._latencies) / (time.perf_counter() - start)
+
+    def _note(self, number: int, prediction: client.Prediction, seconds: float) -> None:
+        if prediction.digit != self._digits[number]:
+            raise WrongAnswer(f"image {number}: {prediction.digit} instead of {self._digits[number]}")
+        self._latencies.append(seconds)
+
+
+def measure_coalescing(target: str, rounds: int, seconds: float) -> Samples:
+    """`{"tasks @64": {"alone": [calls/s of each round], "together": [...], ...}}`."""
+    pixels, digits = golden_digits()
+    callers = Callers(target, [*pixels.reshape(-1, 28, 28)], digits.tolist())
+    samples: Samples = {}
+    for number in range(rounds):
+        for kind, count in (("tasks", 1), ("tasks", 64), ("threads", 1), ("threads", 64)):
+            ways = [("alone", False), ("together", True)]
+            for way, coalesce in ways if number % 2 == 0 else ways[::-1]:
+                sample = callers.measure(kind, count, seconds, coalesce)
+                of_way = samples.setdefault(f"{kind} @{count}", {})
+                of_way.setdefault(way, []).append(sample["rate"])
+                of_way.setdefault(f"{way} p50_us", []).append(sample["p50_us"])
+    return samples
+
+
+def print_coalescing(samples: Samples) -> None:
+    print(f"\n{'':14}{'an RPC a call':>24}{'together':>24}{'calls/s':>22}{'p50':>22}")
+    print(f"{'':14}{'calls/s':>14}{'p50 us':>10}{'calls/s':>14}{'p50 us':>10}{'ratio':>22}{'ratio':>22}")
+    for name, of in samples.items():
+        columns = "".join(
+            f"{statistics.median(of[way]):>14,.0f}{statistics.median(of[f'{way} p50_us']):>10,.0f}"
+            for way in ("alone", "together")
+        )
+        rates = spread(of["together"], of["alone"])
+        print(f"{name:14}{columns}{rates:>22}{spread(of['together p50_us'], of['alone p50_us']):>22}")
+
+
+# Batch ----------------------------------------------------------------------
+
+
+def batch_images(data_dir: Path | None) -> tuple[str, Pixels]:
+    """10,000 images, `uint8[10000, 28, 28]`: MNIST's test images, or the golden digits again and again."""
+    if data_dir is None:
+        golden = golden_digits()[0].reshape(-1, 28, 28)
+        return "the golden digits", golden[np.arange(IMAGES) % len(golden)]
+    return "MNIST's test images", load_mnist(data_dir, download=False).test.pixels.numpy().reshape(-1, 28, 28)[:IMAGES]
+
+
+def measure_batch(target: str, rounds: int, connections: int, data_dir: Path | None) -> Samples:
+    """`{"Client, list": {"rate": [images/s of each round], "forward": [...]}}`."""
+    name, array = batch_images(data_dir)
+    print(f"{IMAGES:,} images, {name}")
+    forward = Forward()
+    expected = forward.digits_of(array.reshape(-1, 784))
+    forms: dict[str, Any] = {"list": list(array), "array": array}
+    samples: Samples = {}
+
+    async def read(images: Any) -> tuple[list[client.Prediction], float]:
+        async with client.AsyncClient(target, connections=connections) as twin:
+            await twin.classify_batch(array[:1000])
+            start = time.perf_counter()
+            return await twin.classify_batch(images), time.perf_counter() - start
+
+    with client.Client(target, connections=connections) as reader:
+        reader.classify_batch(array[:1000])
+
+        def read_now(images: Any) -> tuple[list[client.Prediction], float]:
+            start = time.perf_counter()
+            return reader.classify_batch(images), time.perf_counter() - start
+
+        ways: dict[str, Callable[[Any], tuple[list[client.Prediction], float]]] = {
+            "Client": read_now,
+            "AsyncClient": lambda images: asyncio.run(read(images)),
+        }
+        for _ in range(rounds):
+            for kind, way in ways.items():
+                for form, images in forms.items():
+                    predictions, seconds = way(images)
+                    digits = [prediction.digit for prediction in predictions]
+                    if wrong := sum(map(int.__ne__, digits, expected)):
+                        raise WrongAnswer(f"{wrong} of {IMAGES} answers differ from the network's")
+                    of = samples.setdefault(f"{kind}, {form}", {"rate": [], "forward": []})
+                    of["rate"].append(IMAGES / seconds)
+                    of["forward"].append(forward.rate(FORWARD_BATCH, FORWARD_SECONDS))
+    return samples
+
+
+def print_batch(samples: Samples) -> None:
+    print(f"\n{'':20}{'images/s':>12}{'bare forward':>14}{'ratio':>22}")
+    for name, of in samples.items():
+        rates = "".join(f"{statistics.median(of[key]):>{width},.0f}" for key, width in (("rate", 12), ("forward", 14)))
+        print(f"{name:20}{rates}{spread(of['rate'], of['forward']):>22}")
+
+
+def spread(values: list[float], bases: list[float]) -> str:
+    """The median of the rounds' ratios, and the smallest and the largest."""
+    ratios = [value / base for value, base in zip(values, bases, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.client", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", nargs="?", choices=("coalescing", "batch"), help="measure this alone")
+    parser.add_argument("--rounds", type=int, default=5, help="how often everything is measured (default: 5)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each way of calling (default: 1)")
+    parser.add_argument("--workers", type=int, default=1, help="processes of the server (default: 1)")
+    parser.add_argument("--connections", type=int, default=1, help="of the client, for batch (default: 1)")
+    parser.add_argument("--data-dir", type=Path, help="folder with MNIST/raw, for batch; else the golden digits")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1 or options.seconds <= 0:
+        parser.error(f"--rounds is 1 or more and --seconds above 0, not {options.rounds} and {options.seconds}")
+    ours = ("--port", "0", "--workers", str(options.workers), "--weights", EMBEDDED_WEIGHTS, "--log-level", "warning")
+    figures: dict[str, Samples] = {}
+    print(f"{options.rounds} rounds; medians; ratios with their smallest and largest")
+    try:
+        with server("server", ours) as running:
+            if options.what != "batch":
+                figures["coalescing"] = measure_coalescing(running.target, options.rounds, options.seconds)
+                print_coalescing(figures["coalescing"])
+            if options.what != "coalescing":
+                figures["batch"] = measure_batch(running.target, options.rounds, options.connections, options.data_dir)
+                print_batch(figures["batch"])
+    except (RuntimeError, WrongAnswer, client.MnistGrpcError) as error:
+        print(f"bench.client: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

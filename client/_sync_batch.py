@@ -1,0 +1,73 @@
+"""`Client.classify_batch` and `classify_iter`: several messages under way, answers in order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+from client import _core, _request_id
+from client._batch import Chunk, Chunks, Progress
+from client._errors import InvalidImageError
+from client._types import Prediction
+from protos.mnist.v1 import digit_classifier_pb2 as pb
+from protos.mnist.v1.digit_classifier_pb2_grpc import DigitClassifierStub
+
+
+def exchange(
+    chunks: Chunks,
+    stub: DigitClassifierStub,
+    call: Callable[[], AbstractContextManager[float]],
+    most: int,
+    target: str,
+    make_bar: Callable[[], Progress],
+) -> Iterator[list[Prediction]]:
+    """Yield the predictions of each message, in order.
+
+    Args:
+        chunks: closed in the end.
+        call: what the parts of a call happen in; gives its timeout.
+        most: messages under way at a time.
+    """
+    request_id = _request_id.given() or _request_id.new()
+    sent: deque[tuple[Chunk, Any]] = deque()
+    ended: Exception | None = None
+    bar = make_bar()
+
+    def send(chunk: Chunk) -> tuple[Chunk, Any]:
+        with _request_id.bound(request_id), call() as seconds:
+            return chunk, stub.Classify.future(pb.ClassifyRequest(pixels=chunk.pixels), timeout=seconds)
+
+    try:
+        while True:
+            while ended is None and len(sent) < most:
+                try:
+                    chunk = next(chunks)
+                except Exception as error:  # StopIteration, or what is to be raised after the answers before it
+                    ended = error
+                else:
+                    sent.append(send(chunk))
+            if not sent:
+                break
+            chunk, under_way = sent.popleft()
+            try:
+                with _request_id.bound(request_id), call():
+                    response = under_way.result()
+            except InvalidImageError as error:
+                if not _core.is_too_long(error, chunk.count):
+                    error.index = chunk.first
+                    raise
+                chunks.limit(chunk.count // 2)
+                sent.extendleft(send(half) for half in reversed(chunk.halves()))
+                continue
+            predictions = _core.parse_response(response, chunk.count, target)
+            bar.update(chunk.count)
+            yield predictions
+        if ended is not None and not isinstance(ended, StopIteration):
+            raise ended
+    finally:
+        bar.close()
+        chunks.close()
+        for _, under_way in sent:
+            under_way.cancel()
