@@ -6,7 +6,7 @@ import asyncio
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -153,12 +153,12 @@ class AsyncClient(Connection):
         timeout: float | None = None,
         window: int = _core.STREAM_WINDOW,
         latest_only: bool = False,
-    ) -> AsyncIterator[Prediction | MnistGrpcError]:
+    ) -> AsyncGenerator[Prediction | MnistGrpcError, None]:
         """See `Client.stream_classify`. `frames` may also be an async iterable."""
         seconds = self._seconds(timeout)
-        stream = AsyncStream(self.target, seconds, _core.checked_window(window), latest_only)
+        stream = AsyncStream(self._checked_stub, self.target, seconds, _core.checked_window(window), latest_only)
         self._streams.add(stream)
-        return stream.run(self._checked_stub, frames)
+        return stream.run(frames)
 
     async def get_model(self, *, timeout: float | None = None) -> Model:
         """See `Client.get_model`."""
