@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -270,8 +270,8 @@ class DrivenAsyncClient:
 
     def stream_classify(
         self, frames: Iterable[client.Image], **options: Any
-    ) -> Iterator[client.Prediction | client.MnistGrpcError]:
-        results: AsyncIterator[client.Prediction | client.MnistGrpcError]
+    ) -> Generator[client.Prediction | client.MnistGrpcError, None, None]:
+        results: AsyncGenerator[client.Prediction | client.MnistGrpcError, None]
 
         async def begin() -> None:
             nonlocal results
@@ -281,13 +281,13 @@ class DrivenAsyncClient:
             return await anext(results)
 
         self._thread.run(begin())
-        return self._iterate(take, lambda: results.aclose())  # type: ignore[attr-defined]
+        return self._iterate(take, lambda: results.aclose())
 
     def _iterate(
         self,
         take: Callable[[], Coroutine[Any, Any, client.Prediction | client.MnistGrpcError]],
         end: Callable[[], Coroutine[Any, Any, None]],
-    ) -> Iterator[client.Prediction | client.MnistGrpcError]:
+    ) -> Generator[client.Prediction | client.MnistGrpcError, None, None]:
         async def leave() -> None:
             await end()
 

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import client
-from client._ledger import FIRST_ATTEMPTS, MAX_PAUSE, FrameLedger, StreamEnd
+from client._ledger import FIRST_ATTEMPTS, MAX_PAUSE, FrameLedger, StreamEnd, StreamResult
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 
 TARGET = "digits:50051"
@@ -76,6 +76,197 @@ def answered(ledger: FrameLedger, frames: int = 1) -> int:
         ledger.receive(call, answer(number, number))
         assert told(ledger.take()) == number
     return call
+
+
+@pytest.fixture
+def ledger() -> FrameLedger:
+    return make()
+
+
+def rows(*digits: int) -> pb.ClassifyResponse:
+    """One row a digit, with a probability of 0.91."""
+    probabilities = [0.91 if column == digit else 0.01 for digit in digits for column in range(10)]
+    return pb.ClassifyResponse(digits=digits, probabilities=probabilities)
+
+
+def block(first: int, *digits: int) -> pb.FrameBlock:
+    return pb.FrameBlock(first_sequence=first, frame_count=len(digits), result=rows(*digits))
+
+
+def respond(*blocks: pb.FrameBlock) -> pb.StreamClassifyResponse:
+    return pb.StreamClassifyResponse(blocks=blocks)
+
+
+def send_all(ledger: FrameLedger) -> list[tuple[int, int]]:
+    """Send in the first call; return first sequence and number of frames of each message."""
+    if ledger.wants_call:
+        assert ledger.begin_call() == 1
+    sent = []
+    while (waiting := ledger.next_message(1)) is not None:
+        sent.append((waiting.first_sequence, len(numbers(waiting))))
+    return sent
+
+
+def receive(ledger: FrameLedger, *blocks: pb.FrameBlock) -> list[StreamResult]:
+    """What blocks that come in the first call give."""
+    ledger.receive(1, respond(*blocks))
+    return taken(ledger)
+
+
+def taken(ledger: FrameLedger) -> list[StreamResult]:
+    results: list[StreamResult] = []
+    while (result := ledger.take()) is not None:
+        assert not isinstance(result, StreamEnd)
+        results.append(result)
+    return results
+
+
+def texts(results: list[StreamResult]) -> list[int | str]:
+    """Digits, and the text of errors."""
+    return [result.digit if isinstance(result, client.Prediction) else str(result) for result in results]
+
+
+# One call -------------------------------------------------------------------
+
+
+def test_no_frame_no_message(ledger: FrameLedger) -> None:
+    assert ledger.next_message(ledger.begin_call()) is None
+
+
+def test_frames_that_wait_go_together(ledger: FrameLedger) -> None:
+    for value in (1, 2, 3):
+        ledger.add(frame(value))
+    call = ledger.begin_call()
+    waiting = ledger.next_message(call)
+    assert waiting is not None
+    assert (waiting.first_sequence, numbers(waiting)) == (0, [1, 2, 3])
+    assert ledger.next_message(call) is None
+
+
+def test_a_message_holds_at_most_64_frames(ledger: FrameLedger) -> None:
+    for index in range(150):
+        ledger.add(frame(index))
+    assert send_all(ledger) == [(0, 64), (64, 64), (128, 22)]
+    ledger.add(frame(0))
+    assert send_all(ledger) == [(150, 1)]
+
+
+def test_answers_come_out_in_the_order_of_the_frames(ledger: FrameLedger) -> None:
+    for index in range(5):
+        ledger.add(frame(index))
+    send_all(ledger)
+    assert texts(receive(ledger, block(0, 4, 3), block(2, 2))) == [4, 3, 2]
+    assert texts(receive(ledger, block(3, 1, 0))) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("frames", "given_out_early", "given_out_late"),
+    [
+        ("", [], []),
+        ("x", ["bad 0"], []),
+        ("xx", ["bad 0", "bad 1"], []),
+        ("x.", ["bad 0"], [1]),
+        (".x", [], [0, "bad 1"]),
+        (".x.", [], [0, "bad 1", 2]),
+        ("x..xx.x", ["bad 0"], [1, 2, "bad 3", "bad 4", 5, "bad 6"]),
+    ],
+)
+def test_an_error_of_this_side_stands_in_its_place(
+    ledger: FrameLedger, frames: str, given_out_early: list[Any], given_out_late: list[Any]
+) -> None:
+    for index, kind in enumerate(frames):
+        if kind == ".":
+            ledger.add(frame(index))
+        else:
+            ledger.fail(client.InvalidImageError(f"bad {index}"))
+    assert texts(taken(ledger)) == given_out_early
+    good = [index for index, kind in enumerate(frames) if kind == "."]
+    assert send_all(ledger) == ([(0, len(good))] if good else [])
+    assert texts(receive(ledger, *([block(0, *good)] if good else []))) == given_out_late
+
+
+def test_an_error_is_given_out_at_once_when_nothing_is_owed(ledger: FrameLedger) -> None:
+    ledger.add(frame(0))
+    send_all(ledger)
+    receive(ledger, block(0, 7))
+    ledger.fail(client.InvalidImageError("bad"))
+    assert texts(taken(ledger)) == ["bad"]
+
+
+def test_an_error_block_answers_each_of_its_frames(ledger: FrameLedger) -> None:
+    for index in range(3):
+        ledger.add(frame(index))
+    send_all(ledger)
+    error = pb.FrameError(code=13, message="broken", incident_id="abc")
+    results = receive(ledger, pb.FrameBlock(first_sequence=0, frame_count=2, error=error), block(2, 7))
+    assert texts(results) == ["broken", "broken", 7]
+    assert isinstance(results[0], client.ServerError)
+    assert (results[0].code, results[0].incident_id) == ("INTERNAL", "abc")
+
+
+def test_each_frame_has_an_error_object_of_its_own(ledger: FrameLedger) -> None:
+    ledger.add(frame(0))
+    ledger.add(frame(1))
+    error = pb.FrameError(code=13, message="broken")
+    send_all(ledger)
+    first, second = receive(ledger, pb.FrameBlock(first_sequence=0, frame_count=2, error=error))
+    assert first is not second
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (3, client.InvalidImageError),
+        (4, client.DeadlineExceededError),
+        (8, client.OverloadedError),
+        (14, client.UnavailableError),
+        (16, client.UnauthenticatedError),
+        (13, client.ServerError),
+        (99, client.ServerError),
+    ],
+)
+def test_the_code_of_a_frame_error_tells_its_class(
+    ledger: FrameLedger, code: int, kind: type[client.MnistGrpcError]
+) -> None:
+    ledger.add(frame(0))
+    error = pb.FrameError(code=code, message="why")
+    send_all(ledger)
+    [result] = receive(ledger, pb.FrameBlock(first_sequence=0, frame_count=1, error=error))
+    assert type(result) is kind
+    assert result.incident_id is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        respond(block(1, 7)),
+        respond(block(0, 7, 7, 7)),
+        respond(block(0, 7), block(0, 7)),
+        respond(block(0, 7, 7), block(2, 7)),
+        respond(pb.FrameBlock(first_sequence=0, frame_count=2, result=rows(7))),
+        respond(pb.FrameBlock(first_sequence=0, frame_count=1, result=rows(7, 7))),
+        respond(pb.FrameBlock(first_sequence=0, frame_count=0, result=rows(7))),
+        respond(pb.FrameBlock(first_sequence=0, frame_count=1, result=pb.ClassifyResponse(digits=[7]))),
+    ],
+    ids=[
+        "a frame skipped",
+        "more frames than sent",
+        "a frame twice",
+        "a frame never sent",
+        "fewer rows than frames",
+        "more rows than frames",
+        "rows for no frame",
+        "no probabilities",
+    ],
+)
+def test_answers_that_do_not_fit_the_frames_are_the_servers_fault(
+    ledger: FrameLedger, wrong: pb.StreamClassifyResponse
+) -> None:
+    ledger.add(frame(0))
+    ledger.add(frame(1))
+    send_all(ledger)
+    with pytest.raises(client.ServerError, match=TARGET):
+        ledger.receive(1, wrong)
 
 
 # Any interleaving -----------------------------------------------------------
@@ -247,7 +438,6 @@ def test_a_call_that_is_lost_while_nothing_is_owed_is_made_again_when_a_frame_co
     assert ledger.take() is None
     ledger.add(frame(1))
     assert ledger.wants_call
-    assert ledger.is_resumed
 
 
 def test_a_call_that_is_lost_with_everything_answered_was_the_last_one() -> None:
@@ -301,6 +491,27 @@ def test_a_stream_that_had_answers_is_resumed_at_once_and_then_ever_more_slowly(
 
 
 # Time -----------------------------------------------------------------------
+
+
+def test_the_timeout_runs_while_an_answer_is_owed() -> None:
+    clock = Clock()
+    ledger = make(clock=clock)
+    clock.now = 150  # a slow source: nothing is owed
+    assert ledger.seconds_left() == 10
+    ledger.add(frame(0))
+    clock.now = 154
+    ledger.add(frame(1))  # does not put off the answer to the first
+    assert ledger.seconds_left() == 6
+    send_all(ledger)
+    clock.now = 158
+    receive(ledger, block(0, 7))
+    clock.now = 160
+    assert ledger.seconds_left() == 8
+    clock.now = 170
+    assert ledger.seconds_left() == -2
+    receive(ledger, block(1, 7))
+    clock.now = 1000
+    assert ledger.seconds_left() == 10
 
 
 def test_silence_is_a_deadline_that_passed() -> None:

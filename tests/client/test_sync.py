@@ -98,7 +98,7 @@ def test_a_stream_may_be_closed_from_another_thread(server_address: str, digits:
     with client.Client(server_address) as digits_client:
         results = digits_client.stream_classify(digits * 100)
         next(results)
-        closer = threading.Thread(target=results.close)  # type: ignore[attr-defined]
+        closer = threading.Thread(target=results.close)
         closer.start()
         closer.join(10)
         assert not closer.is_alive()
