@@ -78,7 +78,8 @@ class AsyncStream:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._ledger.seconds_left()):
                     await self._results.wait()
-        self._room.set()
+        if self._ledger.is_short:
+            self._room.set()
         return result
 
     def _wake_all(self) -> None:

@@ -89,7 +89,16 @@ class FrameLedger:
     @property
     def has_room(self) -> bool:
         """Whether fewer frames than the window are without a result that was taken."""
-        return len(self._under_way) + len(self._waiting) + len(self._local) + len(self._results) < self._window
+        return self._in_hand < self._window
+
+    @property
+    def is_short(self) -> bool:
+        """Whether to wake who adds frames: a quarter of the window is free, or there is nothing to take.
+
+        Not at each result: then two threads take turns for each frame, and a message
+        carries half as many.
+        """
+        return not self._results or 4 * self._in_hand <= 3 * self._window
 
     def add(self, pixels: npt.NDArray[np.uint8]) -> None:
         """Take the next frame, `uint8[784]`."""
@@ -233,6 +242,11 @@ class FrameLedger:
     @property
     def _added(self) -> int:
         return self._answered + self._unanswered
+
+    @property
+    def _in_hand(self) -> int:
+        """How many frames are without a result that was taken."""
+        return self._unanswered + len(self._local) + len(self._results)
 
     def _begin_to_owe(self) -> None:
         if not self._unanswered:

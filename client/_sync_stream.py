@@ -68,7 +68,8 @@ class SyncStream:
         with self._lock:
             while (result := self._ledger.take()) is None:
                 self._results.wait(self._ledger.seconds_left())
-            self._room.notify()
+            if self._ledger.is_short:
+                self._room.notify()
             return result
 
     def _leave(self, feeder: threading.Thread, caller: threading.Thread) -> None:

@@ -199,6 +199,22 @@ def test_a_server_that_is_restarted_while_a_stream_runs_loses_no_frame(
     assert read == [*range(10)] * 40
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_stream_whose_server_is_gone_for_good_goes_on_at_another_one(
+    connect: Connect,
+    server_address: str,
+    put_proxy: Put,
+    film: list[GreyImage],
+    expected: list[client.Prediction],
+    which: int,
+) -> None:
+    proxies = [put_proxy(server_address), put_proxy(server_address)]
+    results = connect([proxy.address for proxy in proxies], timeout=60).stream_classify(film[:200], window=16)
+    begin = list(itertools.islice(results, 100))
+    proxies[which].close()
+    check([*begin, *results], expected[:200])
+
+
 # Errors that no other call mends ------------------------------------------------
 
 
@@ -258,4 +274,12 @@ def test_a_connection_that_falls_silent_runs_into_the_timeout(
     proxy = put_proxy(server_address, [fault(after, way, "silence")])
     results = connect(proxy.address).stream_classify(itertools.cycle(digits), timeout=0.5)
     with pytest.raises(client.DeadlineExceededError, match=rf"^{proxy.address}: .* within 0\.5 s$"):
+        start(lambda: list(results)).result(within=10)
+
+
+def test_several_servers_that_never_answer_run_into_the_timeout(
+    connect: Connect, fakes: Fakes, digits: list[GreyImage], start: Callable[..., Running]
+) -> None:
+    results = connect([fakes.black_hole(), fakes.black_hole()]).stream_classify(digits, timeout=0.5)
+    with pytest.raises(client.DeadlineExceededError, match=r"within 0\.5 s$"):
         start(lambda: list(results)).result(within=10)
