@@ -8,7 +8,6 @@ import weakref
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
-    AsyncIterator,
     Callable,
     Iterable,
     Iterator,
@@ -156,7 +155,7 @@ class AsyncClient(Connection):
 
     def classify_iter(
         self, images: Iterable[Image] | AsyncIterable[Image], *, timeout: float | None = None, progress: bool = False
-    ) -> AsyncIterator[Prediction]:
+    ) -> AsyncGenerator[Prediction, None]:
         """See `Client.classify_iter`. Images are prepared in threads; they may also be an async iterable."""
         return _flat(self._exchange(images, timeout, progress))
 
@@ -177,12 +176,12 @@ class AsyncClient(Connection):
         timeout: float | None = None,
         window: int = _core.STREAM_WINDOW,
         latest_only: bool = False,
-    ) -> AsyncIterator[Prediction | MnistGrpcError]:
+    ) -> AsyncGenerator[Prediction | MnistGrpcError, None]:
         """See `Client.stream_classify`. `frames` may also be an async iterable."""
         seconds = self._seconds(timeout)
-        stream = AsyncStream(self.target, seconds, _core.checked_window(window), latest_only)
+        stream = AsyncStream(self._checked_stub, self.target, seconds, _core.checked_window(window), latest_only)
         self._streams.add(stream)
-        return stream.run(self._checked_stub, frames)
+        return stream.run(frames)
 
     async def get_model(self, *, timeout: float | None = None) -> Model:
         """See `Client.get_model`."""
@@ -231,7 +230,7 @@ class AsyncClient(Connection):
             raise
 
 
-async def _flat(chunks: AsyncGenerator[list[Prediction], None]) -> AsyncIterator[Prediction]:
+async def _flat(chunks: AsyncGenerator[list[Prediction], None]) -> AsyncGenerator[Prediction, None]:
     async with aclosing(chunks):
         async for chunk in chunks:
             for prediction in chunk:

@@ -268,7 +268,8 @@ class SyncStreaming:
     def __call__(self, request: Any, timeout: float | None = None, wait_for_ready: bool | None = None) -> Any:
         router = self._router
         arguments = router.arguments(timeout, wait_for_ready)
-        router.wait_for_a_server(_deadline(timeout))
+        if timeout is not None:  # a call without one may have a limit of its caller's, who would be held up here
+            router.wait_for_a_server(_deadline(timeout))
         number = router.take()
         call = self._calls[number](request, **arguments)
         if not (hasattr(call, "add_callback") and call.add_callback(lambda: router.give_back(number))):

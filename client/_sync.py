@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self, TypeAlias, cast
 
@@ -106,6 +107,7 @@ class Client(Connection):
         )
         super().__init__(settings, timeout)
         self._coalesce = coalesce
+        self._streams: weakref.WeakSet[SyncStream] = weakref.WeakSet()
 
     def __enter__(self) -> Self:
         self._enter()
@@ -121,6 +123,9 @@ class Client(Connection):
         with self._opening:
             self._closed = True
             opened = self._opened
+            streams = list(self._streams)
+        for stream in streams:
+            stream.abandon(RuntimeError(_core.CLOSED))
         if opened is not None:
             opened.gather.close()
             opened.router.close()
@@ -138,6 +143,14 @@ class Client(Connection):
                     _fork.check(asyncio=False)
                     self._opened = _Open(self._settings)
         return self._opened
+
+    def _checked_stub(self) -> DigitClassifierStub:
+        self._enter()
+        return self._stub
+
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        self._streams = weakref.WeakSet()
 
     def classify(self, image: Image, *, timeout: float | None = None) -> Prediction:
         """Read the digit in one image.
@@ -182,7 +195,7 @@ class Client(Connection):
 
     def classify_iter(
         self, images: Iterable[Image], *, timeout: float | None = None, progress: bool = False
-    ) -> Iterator[Prediction]:
+    ) -> Generator[Prediction, None, None]:
         """As `classify_batch`, but give each answer while the rest is under way.
 
         Holds a bounded number of images, so that they may be endless. They are
@@ -215,26 +228,33 @@ class Client(Connection):
         timeout: float | None = None,
         window: int = _core.STREAM_WINDOW,
         latest_only: bool = False,
-    ) -> Iterator[Prediction | MnistGrpcError]:
+    ) -> Generator[Prediction | MnistGrpcError, None, None]:
         """Read the digits in a sequence of frames while it goes on.
 
         Yields one result a frame, in order: a `Prediction`, or, in the place of
         a frame that could not be read, the error (not raised: the stream goes
-        on). What ends the whole stream is raised. Leaving the loop ends the
-        call.
+        on). What ends the whole stream is raised, also an error of `frames`, after
+        the results before it. Leaving the loop ends the call, and closes `frames`
+        where it is a generator, once it gives back control.
+
+        If the connection is lost or the server stops, the stream goes on over
+        another call with the frames that have no answer yet; each gets exactly one
+        result.
 
         Args:
             frames: iterated in a thread of the client's, up to `window` frames
                 ahead of the results that were taken.
-            timeout: seconds without an answer while one is owed; else the
-                client's.
+            timeout: seconds without an answer while one is owed, lost connections
+                included; else the client's.
             window: the most frames whose results were not yet taken.
             latest_only: for live video: a frame that waits for its turn when a
                 newer one comes is not read; its result is an `OvertakenError`.
         """
         seconds = self._seconds(timeout)
-        stream = SyncStream(self.target, seconds, _core.checked_window(window), latest_only, lambda: self._closed)
-        return stream.run(self._stub, frames)
+        stream = SyncStream(self._checked_stub, self.target, seconds, _core.checked_window(window), latest_only)
+        with self._opening:
+            self._streams.add(stream)
+        return stream.run(frames)
 
     def get_model(self, *, timeout: float | None = None) -> Model:
         """Tell what the server serves."""

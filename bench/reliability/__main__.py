@@ -21,6 +21,7 @@ SCENARIOS = {
     "latest_only": "live video that is faster than the server",
     "workers": "several processes: balance, a killed one, added metrics",
     "rolling": "two servers that are restarted in turn under load",
+    "resume": "streams whose connections are cut and whose servers are restarted",
     "reload": "weights that are exchanged under load, some of them broken",
     "fuzz": "hostile messages, files and connections beside good ones",
     "soak": "a million images through every door",

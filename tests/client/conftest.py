@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -271,12 +271,12 @@ class DrivenAsyncClient:
 
     def stream_classify(
         self, frames: Iterable[client.Image], **options: Any
-    ) -> Iterator[client.Prediction | client.MnistGrpcError]:
+    ) -> Generator[client.Prediction | client.MnistGrpcError, None, None]:
         return self._iterator(lambda: self._client.stream_classify(frames, **options))
 
-    def _iterator(self, make: Callable[[], AsyncIterator[T]]) -> Iterator[T]:
+    def _iterator(self, make: Callable[[], AsyncGenerator[T, None]]) -> Generator[T, None, None]:
         """An async iterator that begins now, as a synchronous one."""
-        results: AsyncIterator[T]
+        results: AsyncGenerator[T, None]
 
         async def begin() -> None:
             nonlocal results
@@ -286,11 +286,11 @@ class DrivenAsyncClient:
             return await anext(results)
 
         self._thread.run(begin())
-        return self._iterate(take, lambda: results.aclose())  # type: ignore[attr-defined]
+        return self._iterate(take, lambda: results.aclose())
 
     def _iterate(
         self, take: Callable[[], Coroutine[Any, Any, T]], end: Callable[[], Coroutine[Any, Any, None]]
-    ) -> Iterator[T]:
+    ) -> Generator[T, None, None]:
         async def leave() -> None:
             await end()
 

@@ -223,13 +223,12 @@ async def test_leaving_a_stream_by_aclosing_has_ended_everything(server_address:
 
     source = frames()
     async with client.AsyncClient(server_address) as digits_client:
-        results: Any = digits_client.stream_classify(source, window=5)
+        results = digits_client.stream_classify(source, window=5)
         async with aclosing(results):
             assert told(await anext(results)) == 0
             assert ours()
         assert ours() == []
-        await source.aclose()  # type: ignore[attr-defined]
-    assert closed
+        assert closed
 
 
 async def test_leaving_the_loop_is_enough_to_end_the_call(fakes: Fakes, digits: list[GreyImage]) -> None:
@@ -240,9 +239,81 @@ async def test_leaving_the_loop_is_enough_to_end_the_call(fakes: Fakes, digits: 
         yield from map(fakes.answer_frames, messages)
 
     async with client.AsyncClient(fakes.serve(stream=stream)) as digits_client:
-        async for _ in digits_client.stream_classify(digits * 100, window=5):
-            break
-        await happens(ended)
+        gc.disable()  # what is left is noticed without it
+        try:
+            async for _ in digits_client.stream_classify(digits * 100, window=5):
+                break
+            await happens(ended)
+        finally:
+            gc.enable()
+
+
+async def test_a_sync_generator_is_closed_in_its_thread_when_a_stream_is_left(
+    server_address: str, digits: list[GreyImage]
+) -> None:
+    threads: list[str] = []
+
+    def frames() -> Iterator[GreyImage]:
+        try:
+            while True:
+                yield digits[7]
+        finally:
+            threads.append(threading.current_thread().name)
+
+    async with client.AsyncClient(server_address) as digits_client:
+        async with aclosing(digits_client.stream_classify(frames(), window=5)) as results:
+            assert told(await anext(results)) == 7
+        await asyncio.to_thread(_joined, "stream-source")
+    assert threads == ["stream-source"]
+
+
+def _joined(name: str) -> None:
+    for thread in threading.enumerate():
+        if thread.name == name:
+            thread.join(10)
+
+
+async def test_an_async_source_that_does_not_end_when_cancelled_is_waited_for_with_its_cleaning_up(
+    server_address: str, digits: list[GreyImage]
+) -> None:
+    steps: list[str] = []
+
+    async def frames() -> AsyncIterator[GreyImage]:
+        try:
+            yield digits[7]
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            steps.append("cleaned up")
+
+    async with client.AsyncClient(server_address) as digits_client:
+        async with aclosing(digits_client.stream_classify(frames())) as results:
+            assert told(await anext(results)) == 7
+        steps.append("left")
+    assert steps == ["cleaned up", "left"]
+
+
+async def test_an_error_in_the_cleaning_up_of_a_source_is_told_to_the_event_loop(
+    server_address: str, digits: list[GreyImage]
+) -> None:
+    async def frames() -> AsyncIterator[GreyImage]:
+        try:
+            while True:
+                yield digits[7]
+        finally:
+            raise KeyError("mine")
+
+    loop = asyncio.get_running_loop()
+    told_to_loop: list[Any] = []
+    before = loop.get_exception_handler()
+    loop.set_exception_handler(lambda _, context: told_to_loop.append(context["exception"]))
+    async with (
+        client.AsyncClient(server_address) as digits_client,
+        aclosing(digits_client.stream_classify(frames(), window=3)) as results,
+    ):
+        assert told(await anext(results)) == 7
+    loop.set_exception_handler(before)
+    assert [repr(error) for error in told_to_loop] == ["KeyError('mine')"]
 
 
 async def test_a_closed_client_refuses_a_stream_at_once(fakes: Fakes, digits: list[GreyImage]) -> None:

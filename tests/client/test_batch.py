@@ -282,7 +282,7 @@ def test_no_threads_are_left(server_address: str, digits: list[GreyImage]) -> No
         next(answers)
         before = [thread for thread in threading.enumerate() if thread.name.startswith("batch-prepare")]
         assert before
-        answers.close()  # type: ignore[attr-defined]
+        answers.close()
         for thread in before:
             thread.join(20)
             assert not thread.is_alive()

@@ -341,7 +341,7 @@ def test_the_connection_with_the_fewest_open_calls_is_next(
     for _ in range(10):
         assert twin.classify(digits[7]).digit == 7
     assert sorted(counting.peers[address].values()) == [1, 10]
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 129, 1.5, "2"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -15,7 +14,6 @@ from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 import client
 from client import _channel, _core
-from client._ledger import FrameLedger, StreamResult
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 
 Pixels = npt.NDArray[np.uint8]
@@ -30,19 +28,6 @@ def answer(*digits: int) -> pb.ClassifyResponse:
     """One row a digit, with a probability of 0.91."""
     probabilities = [0.91 if column == digit else 0.01 for digit in digits for column in range(10)]
     return pb.ClassifyResponse(digits=digits, probabilities=probabilities)
-
-
-def block(first: int, *digits: int) -> pb.FrameBlock:
-    return pb.FrameBlock(first_sequence=first, frame_count=len(digits), result=answer(*digits))
-
-
-def message(*blocks: pb.FrameBlock) -> pb.StreamClassifyResponse:
-    return pb.StreamClassifyResponse(blocks=blocks)
-
-
-def told(results: list[StreamResult]) -> list[int | str]:
-    """Digits, and the text of errors."""
-    return [result.digit if isinstance(result, client.Prediction) else str(result) for result in results]
 
 
 def parse(response: pb.ClassifyResponse) -> list[client.Prediction]:
@@ -109,181 +94,6 @@ def test_a_model_has_an_accuracy_or_none(accuracy: float | None) -> None:
     model = _core.parse_model(pb.GetModelResponse(name="mnist", labels="0123456789", test_accuracy=accuracy))
     assert model.test_accuracy == (None if accuracy is None else pytest.approx(accuracy))
     assert model.labels == tuple("0123456789")
-
-
-# Frames of a stream ---------------------------------------------------------
-
-
-@pytest.fixture
-def ledger() -> FrameLedger:
-    return FrameLedger("there", timeout=10)
-
-
-def send_all(ledger: FrameLedger) -> list[tuple[int, int]]:
-    """First sequence and number of frames of each message that waits."""
-    sent = []
-    while (waiting := ledger.next_message()) is not None:
-        sent.append((waiting.first_sequence, len(waiting.frames.pixels) // 784))
-    return sent
-
-
-def test_no_frame_no_message(ledger: FrameLedger) -> None:
-    assert ledger.next_message() is None
-
-
-def test_frames_that_wait_go_together(ledger: FrameLedger) -> None:
-    for value in (1, 2, 3):
-        ledger.add(pixels(value))
-    waiting = ledger.next_message()
-    assert waiting is not None
-    assert waiting.first_sequence == 0
-    assert waiting.frames.pixels == bytes([1]) * 784 + bytes([2]) * 784 + bytes([3]) * 784
-    assert ledger.next_message() is None
-
-
-def test_a_message_holds_at_most_64_frames(ledger: FrameLedger) -> None:
-    for index in range(150):
-        ledger.add(pixels(index))
-    assert send_all(ledger) == [(0, 64), (64, 64), (128, 22)]
-    ledger.add(pixels(0))
-    assert send_all(ledger) == [(150, 1)]
-
-
-def test_answers_come_out_in_the_order_of_the_frames(ledger: FrameLedger) -> None:
-    for index in range(5):
-        ledger.add(pixels(index))
-    send_all(ledger)
-    assert told(ledger.receive(message(block(0, 4, 3), block(2, 2)))) == [4, 3, 2]
-    assert told(ledger.receive(message(block(3, 1, 0)))) == [1, 0]
-
-
-@pytest.mark.parametrize(
-    ("frames", "given_out_early", "given_out_late"),
-    [
-        ("", [], []),
-        ("x", ["bad 0"], []),
-        ("xx", ["bad 0", "bad 1"], []),
-        ("x.", ["bad 0"], [1]),
-        (".x", [], [0, "bad 1"]),
-        (".x.", [], [0, "bad 1", 2]),
-        ("x..xx.x", ["bad 0"], [1, 2, "bad 3", "bad 4", 5, "bad 6"]),
-    ],
-)
-def test_an_error_of_this_side_stands_in_its_place(
-    ledger: FrameLedger, frames: str, given_out_early: list[Any], given_out_late: list[Any]
-) -> None:
-    early: list[StreamResult] = []
-    for index, kind in enumerate(frames):
-        if kind == ".":
-            ledger.add(pixels(index))
-        else:
-            early += ledger.fail(client.InvalidImageError(f"bad {index}"))
-    good = [index for index, kind in enumerate(frames) if kind == "."]
-    assert send_all(ledger) == ([(0, len(good))] if good else [])
-    assert told(early) == given_out_early
-    assert told(ledger.receive(message(block(0, *good)) if good else message())) == given_out_late
-
-
-def test_an_error_is_given_out_at_once_when_nothing_is_owed(ledger: FrameLedger) -> None:
-    ledger.add(pixels(0))
-    send_all(ledger)
-    ledger.receive(message(block(0, 7)))
-    assert told(ledger.fail(client.InvalidImageError("bad"))) == ["bad"]
-
-
-def test_an_error_block_answers_each_of_its_frames(ledger: FrameLedger) -> None:
-    for index in range(3):
-        ledger.add(pixels(index))
-    send_all(ledger)
-    error = pb.FrameError(code=13, message="broken", incident_id="abc")
-    results = ledger.receive(message(pb.FrameBlock(first_sequence=0, frame_count=2, error=error), block(2, 7)))
-    assert told(results) == ["broken", "broken", 7]
-    assert isinstance(results[0], client.ServerError)
-    assert (results[0].code, results[0].incident_id) == ("INTERNAL", "abc")
-
-
-def test_each_frame_has_an_error_object_of_its_own(ledger: FrameLedger) -> None:
-    ledger.add(pixels(0))
-    ledger.add(pixels(1))
-    error = pb.FrameError(code=13, message="broken")
-    first, second = ledger.receive(message(pb.FrameBlock(first_sequence=0, frame_count=2, error=error)))
-    assert first is not second
-
-
-@pytest.mark.parametrize(
-    ("code", "kind"),
-    [
-        (3, client.InvalidImageError),
-        (4, client.DeadlineExceededError),
-        (8, client.OverloadedError),
-        (14, client.UnavailableError),
-        (16, client.UnauthenticatedError),
-        (13, client.ServerError),
-        (99, client.ServerError),
-    ],
-)
-def test_the_code_of_a_frame_error_tells_its_class(
-    ledger: FrameLedger, code: int, kind: type[client.MnistGrpcError]
-) -> None:
-    ledger.add(pixels(0))
-    error = pb.FrameError(code=code, message="why")
-    [result] = ledger.receive(message(pb.FrameBlock(first_sequence=0, frame_count=1, error=error)))
-    assert type(result) is kind
-    assert result.incident_id is None
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        message(block(1, 7)),
-        message(block(0, 7, 7, 7)),
-        message(block(0, 7), block(0, 7)),
-        message(block(0, 7, 7), block(2, 7)),
-        message(pb.FrameBlock(first_sequence=0, frame_count=2, result=answer(7))),
-        message(pb.FrameBlock(first_sequence=0, frame_count=1, result=answer(7, 7))),
-        message(pb.FrameBlock(first_sequence=0, frame_count=0, result=answer(7))),
-        message(pb.FrameBlock(first_sequence=0, frame_count=1, result=pb.ClassifyResponse(digits=[7]))),
-    ],
-    ids=[
-        "a frame skipped",
-        "more frames than sent",
-        "a frame twice",
-        "a frame never sent",
-        "fewer rows than frames",
-        "more rows than frames",
-        "rows for no frame",
-        "no probabilities",
-    ],
-)
-def test_answers_that_do_not_fit_the_frames_are_the_servers_fault(
-    ledger: FrameLedger, wrong: pb.StreamClassifyResponse
-) -> None:
-    ledger.add(pixels(0))
-    ledger.add(pixels(1))
-    send_all(ledger)
-    with pytest.raises(client.ServerError, match="there"):
-        ledger.receive(wrong)
-
-
-def test_the_timeout_runs_while_an_answer_is_owed(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr("client._ledger.time", SimpleNamespace(monotonic=lambda: clock.now))
-    ledger = FrameLedger("there", timeout=10)
-    clock.now = 150  # a slow source: nothing is owed
-    assert ledger.seconds_left() == 10
-    ledger.add(pixels(0))
-    clock.now = 154
-    ledger.add(pixels(1))  # does not put off the answer to the first
-    assert ledger.seconds_left() == 6
-    clock.now = 158
-    ledger.receive(message(block(0, 7)))
-    clock.now = 160
-    assert ledger.seconds_left() == 8
-    clock.now = 170
-    assert ledger.seconds_left() == -2
-    ledger.receive(message(block(1, 7)))
-    clock.now = 1000
-    assert ledger.seconds_left() == 10
 
 
 # Errors ---------------------------------------------------------------------

@@ -162,7 +162,7 @@ def test_the_source_is_read_no_further_than_the_window(
     results = connect(server_address).stream_classify(frames, window=window)
     assert told(next(results) for _ in range(3)) == [7, 7, 7]
     too_far = frames.alarm.wait(0.2)
-    results.close()  # type: ignore[attr-defined]
+    results.close()
     assert not too_far
 
 
@@ -189,7 +189,7 @@ def test_a_slow_consumer_gets_every_result(connect: Connect, server_address: str
     assert frames.alarm.wait(10)
     threading.Event().wait(0.7)  # longer than the timeout, which the server does not owe
     assert told(next(results) for _ in range(100)) == [7] * 100
-    results.close()  # type: ignore[attr-defined]
+    results.close()
 
 
 def test_a_slow_source_is_no_timeout(connect: Connect, server_address: str, digits: list[GreyImage]) -> None:
@@ -219,6 +219,86 @@ def test_frames_that_cannot_be_iterated_are_the_callers_mistake(connect: Connect
         list(connect(server_address).stream_classify(7))  # type: ignore[arg-type]
 
 
+def test_an_error_of_the_source_is_raised_although_the_server_has_gone(
+    connect: Connect, fakes: Fakes, digits: list[GreyImage], start: Callable[..., Running]
+) -> None:
+    def frames() -> Iterator[GreyImage]:
+        yield digits[7]
+        fakes.close()
+        raise KeyError("mine")
+
+    results = connect(fakes.serve(), timeout=0.5).stream_classify(frames())
+    with pytest.raises(KeyError, match="mine"):
+        start(lambda: list(results)).result(within=10)
+
+
+@pytest.mark.parametrize("when", ["waits for room", "has ended", "failed"])
+def test_a_generator_is_closed_when_the_stream_is_left(
+    connect: Connect, server_address: str, digits: list[GreyImage], when: str
+) -> None:
+    closed = threading.Event()
+
+    def frames() -> Iterator[GreyImage]:
+        try:
+            yield digits[7]
+            if when == "failed":
+                raise KeyError("mine")
+            yield from [] if when == "has ended" else Endless(digits[7])
+        finally:
+            closed.set()
+
+    results = connect(server_address).stream_classify(frames(), window=3)
+    assert told([next(results)]) == [7]
+    results.close()
+    assert closed.wait(10)
+
+
+def test_a_generator_that_waits_is_closed_once_it_gives_back_control(
+    connect: Connect, fakes: Fakes, digits: list[GreyImage], start: Callable[..., Running]
+) -> None:
+    waiting, go, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def frames() -> Iterator[GreyImage]:
+        try:
+            yield digits[7]
+            waiting.set()
+            go.wait(20)
+            yield digits[7]
+        finally:
+            closed.set()
+
+    results = connect(fakes.serve()).stream_classify(frames())
+    assert told([next(results)]) == [7]
+    assert waiting.wait(10)
+    start(results.close).result(within=5)
+    assert not closed.is_set()
+    go.set()
+    assert closed.wait(10)
+
+
+def test_what_is_no_generator_is_left_as_it_is(connect: Connect, server_address: str, digits: list[GreyImage]) -> None:
+    class Film:
+        def __init__(self) -> None:
+            self.shown = 0
+            self.closed = False
+
+        def __iter__(self) -> Film:
+            return self
+
+        def __next__(self) -> GreyImage:
+            self.shown += 1
+            return digits[7]
+
+        def close(self) -> None:
+            self.closed = True
+
+    film = Film()
+    results = connect(server_address).stream_classify(film, window=2)
+    assert told([next(results)]) == [7]
+    results.close()
+    assert not film.closed
+
+
 @pytest.mark.parametrize("window", [0, -1])
 def test_a_window_without_room_is_refused(
     connect: Connect, server_address: str, digits: list[GreyImage], start: Callable[..., Running], window: int
@@ -241,7 +321,7 @@ def test_leaving_early_ends_the_call(connect: Connect, fakes: Fakes, digits: lis
     results = connect(fakes.serve(stream=stream)).stream_classify(Endless(digits[7]))
     assert told([next(results)]) == [7]
     assert not ended.is_set()
-    results.close()  # type: ignore[attr-defined]
+    results.close()
     assert ended.wait(10)
 
 
@@ -267,7 +347,7 @@ def test_leaving_by_an_error_of_the_callers_ends_the_call(
 
 def test_a_stream_that_is_never_iterated_makes_no_call(connect: Connect, fakes: Fakes, digits: list[GreyImage]) -> None:
     frames = Endless(digits[7])
-    connect(fakes.nobody()).stream_classify(frames).close()  # type: ignore[attr-defined]
+    connect(fakes.nobody()).stream_classify(frames).close()
     assert frames.read == 0
 
 
@@ -396,8 +476,9 @@ def broken(
 def draining(
     fakes: Fakes, messages: Iterator[pb.StreamClassifyRequest], context: Any
 ) -> Iterator[pb.StreamClassifyResponse]:
-    yield fakes.answer_frames(next(messages))
+    next(messages)
     context.abort(grpc.StatusCode.UNAVAILABLE, "about to stop")
+    yield from ()
 
 
 @pytest.mark.parametrize(
@@ -433,13 +514,13 @@ def test_a_stream_that_ends_too_early_is_not_taken_for_complete(
         start(lambda: list(results)).result(within=5)
 
 
-def test_a_connection_that_breaks_ends_the_stream(
+def test_a_connection_that_breaks_and_is_not_made_again_ends_the_stream(
     connect: Connect, fakes: Fakes, digits: list[GreyImage], start: Callable[..., Running]
 ) -> None:
-    results = connect(fakes.serve()).stream_classify(Endless(digits[7]))
+    results = connect(fakes.serve(), timeout=0.5).stream_classify(Endless(digits[7]))
     assert told([next(results)]) == [7]
     fakes.close()
-    with pytest.raises(client.MnistGrpcError):
+    with pytest.raises(client.UnavailableError):
         start(lambda: list(results)).result(within=5)
 
 
@@ -455,5 +536,56 @@ def test_closing_the_client_ends_a_stream_that_waits_for_its_source(
     assert told([next(results)]) == [7]
     running = start(lambda: list(results))
     start(twin.close).result(within=5)
-    with pytest.raises((client.MnistGrpcError, RuntimeError)):
+    with pytest.raises(RuntimeError, match="the client is closed"):
         running.result(within=5)
+
+
+def test_closing_the_client_ends_a_stream_that_waits_for_its_server(
+    connect: Connect, fakes: Fakes, digits: list[GreyImage], start: Callable[..., Running]
+) -> None:
+    begun = threading.Event()
+
+    def never(_: Any, context: Any) -> Iterator[pb.StreamClassifyResponse]:
+        begun.set()
+        fakes.stopping.wait(20)
+        yield from ()
+
+    twin = connect(fakes.serve(stream=never))
+    running = start(lambda: list(twin.stream_classify(digits)))
+    assert begun.wait(10)
+    start(twin.close).result(within=5)
+    with pytest.raises(RuntimeError, match="the client is closed"):
+        running.result(within=5)
+
+
+def test_closing_the_client_ends_a_stream_that_waits_to_be_resumed(
+    connect: Connect, fakes: Fakes, digits: list[GreyImage], start: Callable[..., Running]
+) -> None:
+    twin = connect(fakes.serve())
+    results = twin.stream_classify(Endless(digits[7]))
+    assert told([next(results)]) == [7]
+    fakes.close()
+    running = start(lambda: list(results))
+    start(twin.close).result(within=5)
+    with pytest.raises(RuntimeError, match="the client is closed"):
+        running.result(within=5)
+
+
+def test_closing_the_client_ends_a_stream_whose_caller_is_elsewhere(
+    connect: Connect, fakes: Fakes, digits: list[GreyImage]
+) -> None:
+    ended = threading.Event()
+
+    def stream(messages: Iterable[pb.StreamClassifyRequest], context: Any) -> Iterator[pb.StreamClassifyResponse]:
+        context.add_callback(ended.set)
+        yield from map(fakes.answer_frames, messages)
+
+    twin = connect(fakes.serve(stream=stream))
+    results = twin.stream_classify(Endless(digits[7]), window=3)
+    assert told([next(results)]) == [7]
+    twin.close()
+    assert ended.wait(10)
+    given: list[Any] = []
+    with pytest.raises(RuntimeError, match="the client is closed"):
+        given += results
+    assert len(given) <= 3

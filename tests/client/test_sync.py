@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -33,6 +37,16 @@ def run_script(script: str, *arguments: str) -> subprocess.CompletedProcess[str]
         text=True,
         timeout=30,
     )
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """What is left has to be noticed without a collection of garbage."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def test_threads_may_share_a_client(server_address: str, digits: list[GreyImage]) -> None:
@@ -70,6 +84,26 @@ def test_a_stream_leaves_no_thread_behind(server_address: str, digits: list[Grey
     assert names() == set()
 
 
+def test_many_streams_leave_as_many_threads_as_there_were(fakes: Fakes, digits: list[GreyImage]) -> None:
+    def stream(messages: Iterator[pb.StreamClassifyRequest], context: Any) -> Iterator[pb.StreamClassifyResponse]:
+        for message in itertools.islice(messages, 2):
+            yield fakes.answer_frames(message)
+        context.abort(grpc.StatusCode.UNAVAILABLE, "lost")
+
+    address = fakes.serve(stream=stream)
+    with client.Client(address) as digits_client:
+        assert len(list(digits_client.stream_classify(digits, window=1))) == 20
+        before = set(threading.enumerate())
+        for number in range(20):
+            results = digits_client.stream_classify(digits, window=2)
+            assert len(list(itertools.islice(results, number))) == number
+            results.close()
+    after = {thread for thread in threading.enumerate() if not thread.name.startswith("ThreadPoolExecutor")}  # the fake
+    for thread in after - before:
+        thread.join(10)
+    assert not [thread for thread in after - before if thread.is_alive()]
+
+
 def test_leaving_the_loop_is_enough_to_end_the_call(fakes: Fakes, digits: list[GreyImage]) -> None:
     ended = threading.Event()
 
@@ -77,7 +111,7 @@ def test_leaving_the_loop_is_enough_to_end_the_call(fakes: Fakes, digits: list[G
         context.add_callback(ended.set)
         yield from map(fakes.answer_frames, messages)
 
-    with client.Client(fakes.serve(stream=stream)) as digits_client:
+    with client.Client(fakes.serve(stream=stream)) as digits_client, no_collection():
         for _ in digits_client.stream_classify(digits * 100, window=5):
             break
         assert ended.wait(10)
@@ -98,7 +132,7 @@ def test_a_stream_may_be_closed_from_another_thread(server_address: str, digits:
     with client.Client(server_address) as digits_client:
         results = digits_client.stream_classify(digits * 100)
         next(results)
-        closer = threading.Thread(target=results.close)  # type: ignore[attr-defined]
+        closer = threading.Thread(target=results.close)
         closer.start()
         closer.join(10)
         assert not closer.is_alive()
