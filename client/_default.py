@@ -39,6 +39,14 @@ def _client(target: str) -> Client:
         return _clients[target]
 
 
+def forget(target: str) -> None:
+    """Close the client that is kept for a target that is gone."""
+    with _lock:
+        client = _clients.pop((os.getpid(), target), None)
+    if client is not None:
+        client.close()
+
+
 def _close_all() -> None:
     with _lock:
         for client in _clients.values():
