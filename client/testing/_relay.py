@@ -97,6 +97,7 @@ class Relay:
             pipe = self._loop.create_task(self._pipe(caller))
             self._pipes.add(pipe)
             pipe.add_done_callback(self._pipes.discard)
+            pipe.add_done_callback(lambda _: caller.close())  # also where it is cancelled before it begins
 
     def _stop_listening(self) -> None:
         self._loop.remove_reader(self._listener)

@@ -205,7 +205,7 @@ def _error_block(sequence: int, count: int, status: Status) -> pb.FrameBlock:
 
 def _refuse(context: Any, status: Status) -> NoReturn:
     # A server says so whether, and after how long, gRPC's own retry is to come again.
-    pushback = -1 if status.retry_after is None else round(status.retry_after * 1000)
+    pushback = -1 if status.retry_after is None else max(round(status.retry_after * 1000), 1)  # 0 stalls gRPC 1.85
     metadata = [("grpc-retry-pushback-ms", str(pushback))]
     if status.incident_id:
         metadata.append(("incident-id", status.incident_id))
