@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from client import _default
-from client._core import TARGET_VARIABLE
+from client._channel import TARGET_VARIABLE
 from client.testing._server import FakeServer
 
 

@@ -99,6 +99,15 @@ async def asynchronous() -> None:
         digits.classify("a.png").digit  # type: ignore[attr-defined]  # noqa: B018
 
 
+def settings() -> None:
+    client.Client(["a:1", "b:2"], tls=client.TLS(ca="ca.pem"), token=lambda: "t", metadata={"a": "b"}, connections=2)
+    client.AsyncClient("a:1", tls=True, token="t", wait_for_ready=True)
+    client.Client(target=7)  # type: ignore[arg-type]
+    client.AsyncClient(timeout="1")  # type: ignore[arg-type]
+    client.Client(tls="yes")  # type: ignore[arg-type]
+    client.TLS(ca=7)  # type: ignore[arg-type]
+
+
 def errors() -> str:
     try:
         client.classify("a.png")
