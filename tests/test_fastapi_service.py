@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 
 from client.testing import FakeServer
@@ -47,11 +47,11 @@ def service(target: str) -> Iterator[str]:
     assert "Application shutdown complete" in output, output
 
 
-def browser() -> httpx.AsyncClient:
-    return httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=None), trust_env=False)
+def browser() -> httpx2.AsyncClient:
+    return httpx2.AsyncClient(timeout=60, limits=httpx2.Limits(max_connections=None), trust_env=False)
 
 
-async def upload(http: httpx.AsyncClient, service: str, file: bytes) -> httpx.Response:
+async def upload(http: httpx2.AsyncClient, service: str, file: bytes) -> httpx2.Response:
     return await http.post(f"{service}/digits", files={"image": ("digit.png", file, "image/png")})
 
 

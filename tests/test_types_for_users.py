@@ -75,7 +75,8 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def check(python: Path, folder: Path, *files: str) -> str:
     """What mypy says, of whose settings only `--strict` differs from the default."""
-    mypy = (sys.executable, "-m", "mypy", "--strict", "--config-file=", "--cache-dir", folder / "cache")
+    cache = python.parents[1] / "cache"
+    mypy = (sys.executable, "-m", "mypy", "--strict", "--config-file=", "--cache-dir", cache)
     return run(*mypy, "--python-executable", python, *files, cwd=folder)
 
 
@@ -101,6 +102,15 @@ def test_a_users_program_passes_mypy_strict_and_nothing_is_any(python: Path, tmp
     assert len(types) == len(revealed) > 50
     for expression, type_ in zip(revealed, types, strict=True):
         assert not re.search(r"\bAny\b", HARMLESS.sub("", type_)), f"{expression}: {type_}"
+
+
+def test_the_tests_of_the_page_on_testing_pass_mypy_strict(python: Path, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
+    blocks = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", page, re.DOTALL))
+    del blocks["test_fastapi_service.py"]  # this environment has no FastAPI
+    for name, code in blocks.items():
+        (tmp_path / name).write_text(code, encoding="utf-8")
+    assert "Success: no issues found in 5 source files" in check(python, tmp_path, *blocks)
 
 
 def test_what_is_installed_holds_all_that_it_needs(python: Path, tmp_path: Path) -> None:
