@@ -17,7 +17,8 @@ _clients: dict[str, Client] = {}
 def classify(image: Image, *, target: str | None = None, timeout: float | None = None) -> Prediction:
     """Read the digit in one image.
 
-        client.classify("digit.png").digit
+        >>> client.classify("7.png").digit
+        7
 
     Args:
         image: see `client.Image`.

@@ -1,12 +1,10 @@
 """Test a service that uses the SDK, without a server: docs/testing.md tells how.
 
-    from client.testing import FakeServer, digit_png
-
-    with FakeServer() as server:
-        server.answers = [3, 1, 4]
-        server.fail_next(client.OverloadedError)
-        service_under_test(server.target)
-        assert server.requests[0].pixels.shape == (1, 784)
+    >>> from client.testing import FakeServer, digit_png
+    >>> with FakeServer() as server:
+    ...     server.answers = [3]
+    ...     client.classify(digit_png(7), target=server.target).digit
+    3
 
 The fake is a gRPC server in a thread of this process. What it is told to do
 travels over a real connection, so the client's retries, deadlines and errors

@@ -37,6 +37,9 @@ class ScriptError(ValueError):
 def digit_png(digit: int) -> bytes:
     """Return a PNG file of a handwritten digit, 0 to 9, that the fake and every sound model read.
 
+        >>> client.classify(client.testing.digit_png(7)).digit
+        7
+
     From the UCI "Optical Recognition of Handwritten Digits" data set (E.
     Alpaydin, C. Kaynak, 1998; CC BY 4.0), as canonical pixels.
 

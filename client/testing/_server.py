@@ -55,6 +55,15 @@ class FakeServer:
     twenty samples, with a confidence of 0.99: right for `digit_png`, and for
     other handwriting no more than a guess.
 
+        >>> from client.testing import FakeServer, digit_png
+        >>> with FakeServer() as server, client.Client(server.target) as digits:
+        ...     server.answers = [3, (1, 0.55)]
+        ...     server.fail_next(client.OverloadedError, times=2, retry_after=0.05)
+        ...     digits.classify_batch([digit_png(7)] * 2)
+        ...     [request.pixels.shape for request in server.requests]
+        [Prediction(digit=3, confidence=0.9900), Prediction(digit=1, confidence=0.5500)]
+        [(2, 784), (2, 784), (2, 784)]
+
     The end of the `with` block raises an `AssertionError` if the test went wrong
     unseen: if answers were used up or broken, or a fault that was ordered never
     came.
