@@ -5,7 +5,6 @@ Shared between the test's thread and those of the calls.
 
 from __future__ import annotations
 
-import enum
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -15,29 +14,9 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
-from client._errors import (
-    DeadlineExceededError,
-    InvalidImageError,
-    MnistGrpcError,
-    OverloadedError,
-    OvertakenError,
-    ServerError,
-    UnauthenticatedError,
-    UnavailableError,
-)
+from client._errors import MnistGrpcError
 from client.testing._answers import Answer, Answers, Row, ScriptError, checked_digit, nearest_sample, row_of
-
-_CODES: dict[type[MnistGrpcError], grpc.StatusCode] = {
-    InvalidImageError: grpc.StatusCode.INVALID_ARGUMENT,
-    DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
-    OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    UnavailableError: grpc.StatusCode.UNAVAILABLE,
-    UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
-    OvertakenError: grpc.StatusCode.ABORTED,
-    ServerError: grpc.StatusCode.INTERNAL,
-}
-INCIDENT = "fake-incident"
-"""`incident_id` of an INTERNAL error that was given none."""
+from client.testing._faults import INCIDENT, Action, Fault, Status, status_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,52 +34,6 @@ class Request:
 
     timeout: float | None
     """Seconds that the caller left for the call; None if it set no deadline."""
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """How a call or a frame ends without an answer."""
-
-    code: grpc.StatusCode
-    message: str
-    incident_id: str = ""
-    retry_after: float | None = None
-    """Seconds after which to try again; None: not to."""
-
-    @property
-    def number(self) -> int:
-        """The `google.rpc.Code`."""
-        number: int = self.code.value[0]
-        return number
-
-
-class Hang:
-    """Never answer."""
-
-
-class Drop:
-    """Cut the connection."""
-
-
-@dataclass(frozen=True, slots=True)
-class Delay:
-    """Answer later."""
-
-    seconds: float
-
-
-Action = Status | Delay | Hang | Drop
-
-
-@dataclass(slots=True)
-class Fault:
-    """What goes wrong with the next calls."""
-
-    action: Action
-    name: str
-    after: int
-    left: int
-    times: int
 
 
 class Script:
@@ -169,12 +102,9 @@ class Script:
         self, next_answer: Callable[[npt.NDArray[np.uint8]], Answer], image: npt.NDArray[np.uint8]
     ) -> Row | Status:
         try:
-            row = row_of(next_answer(image))
-        except MnistGrpcError as error:
-            return status_of(error)
+            return _outcome(next_answer, image)
         except Exception as error:  # the test's own mistake
             return Status(grpc.StatusCode.INTERNAL, self.mistake(error), INCIDENT)
-        return status_of(row) if isinstance(row, MnistGrpcError) else row
 
     # What came of it.
 
@@ -211,34 +141,12 @@ class Script:
             return [*dict.fromkeys(self._mistakes), *unmet]
 
 
-def status_of(
-    error: type[MnistGrpcError] | MnistGrpcError | str | enum.Enum, retry_after: float | None = None
-) -> Status:
-    """The status over the wire that becomes this error in the client.
-
-    Raises:
-        ScriptError: it is no error that a server gives.
-    """
-    if isinstance(error, grpc.StatusCode):
-        error = error.name
-    if isinstance(error, str):
-        code = next((code for code in grpc.StatusCode if code.name == error and error != "OK"), None)
-    else:
-        kind = error if isinstance(error, type) else type(error)
-        code = next((_CODES[base] for base in kind.__mro__ if base in _CODES), None)
-    if code is None:
-        raise ScriptError(
-            f"a server fails with one of the errors below MnistGrpcError or with a gRPC status such as "
-            f"'DATA_LOSS', not with {error!r}"
-        )
-    message = str(error) if isinstance(error, MnistGrpcError) else ""
-    incident = (error.incident_id if isinstance(error, MnistGrpcError) else None) or ""
-    return Status(
-        code,
-        message or "FakeServer was told to fail so",
-        incident or (INCIDENT if code is grpc.StatusCode.INTERNAL else ""),
-        retry_after,
-    )
+def _outcome(next_answer: Callable[[npt.NDArray[np.uint8]], Answer], image: npt.NDArray[np.uint8]) -> Row | Status:
+    try:
+        row = row_of(next_answer(image))
+    except MnistGrpcError as error:
+        row = error
+    return status_of(row) if isinstance(row, MnistGrpcError) else row
 
 
 def _source(answers: Answers) -> Callable[[npt.NDArray[np.uint8]], Answer]:
@@ -253,8 +161,9 @@ def _source(answers: Answers) -> Callable[[npt.NDArray[np.uint8]], Answer]:
         )
     if isinstance(answers, list | tuple):
         answers = list(answers)
-        for answer in answers:
-            row_of(answer)  # a mistake is told where it is made
+        for answer in answers:  # a mistake is told where it is made
+            if isinstance(row := row_of(answer), MnistGrpcError):
+                status_of(row)
     source = iter(answers)
     lock = threading.Lock()
     given = 0

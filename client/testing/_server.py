@@ -5,21 +5,23 @@ from __future__ import annotations
 import enum
 import hashlib
 import math
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent import futures
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import grpc
 
 from client._errors import MnistGrpcError
 from client._types import Model
 from client.testing._answers import Answers, ScriptError
+from client.testing._faults import Action, Delay, Drop, Hang, status_of
+from client.testing._health import State, health_handler
 from client.testing._relay import HOST, Relay
-from client.testing._script import Action, Delay, Drop, Hang, Request, Script, status_of
-from client.testing._servicer import Servicer, State, health_handler
+from client.testing._script import Request, Script
+from client.testing._servicer import Servicer
+from client.testing._threads import CallThreads
 from protos.mnist.v1.digit_classifier_pb2_grpc import add_DigitClassifierServicer_to_server
 
 PATIENCE = 10.0  # seconds until what a test waits for will not come
@@ -92,7 +94,7 @@ class FakeServer:
         """Listen; return the server itself."""
         if self._closed or self._server is not None:
             raise RuntimeError("a FakeServer is started once; make a new one")
-        executor = cast(futures.ThreadPoolExecutor, _Threads())  # gRPC uses no more of it than `submit`
+        executor = cast(futures.ThreadPoolExecutor, CallThreads())  # gRPC uses no more of it than `submit`
         self._server = grpc.server(executor)
         self._server.add_generic_rpc_handlers((health_handler(self._state),))
         servicer = Servicer(self._script, self._state, self._cut)
@@ -264,19 +266,3 @@ class FakeServer:
         if self._relay is None:
             raise RuntimeError("the FakeServer has not started; use `with FakeServer() as server:`")
         return self._relay
-
-
-class _Threads(futures.Executor):
-    """A thread for each call, however many wait at the same time; none keeps the process from ending."""
-
-    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> futures.Future[Any]:
-        future: futures.Future[Any] = futures.Future()
-
-        def run() -> None:
-            try:
-                future.set_result(function(*arguments, **named))
-            except BaseException as error:
-                future.set_exception(error)
-
-        threading.Thread(target=run, name="fake-server-call", daemon=True).start()
-        return future

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
@@ -10,57 +9,19 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
-from client import _core
+from client import _request_id
 from client._types import Model
 from client.testing._answers import Row
-from client.testing._script import Delay, Drop, Fault, Hang, Request, Script, Status
+from client.testing._faults import Delay, Drop, Fault, Hang, Status
+from client.testing._health import State
+from client.testing._script import Request, Script
 from digits.preprocessing import MEAN, PIXELS, STD, InvalidImage, to_pixels
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 from protos.mnist.v1.digit_classifier_pb2_grpc import DigitClassifierServicer
 
 Pixels = npt.NDArray[np.uint8]
 
-# grpc.health.v1.HealthCheckResponse, as bytes
-_SERVING, _NOT_SERVING, _SERVICE_UNKNOWN = b"\x08\x01", b"\x08\x02", b"\x08\x03"
-_WHOLE_SERVER = b""  # HealthCheckRequest without a name
 _FLOAT_BYTES = 4
-
-
-class State:
-    """What all calls of one fake look at."""
-
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self._serving = True
-        self._closing = False
-        self._changed = threading.Condition()
-
-    @property
-    def serving(self) -> bool:
-        return self._serving
-
-    def set_serving(self, serving: bool) -> None:
-        with self._changed:
-            self._serving = serving
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        """Let go the calls that wait."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-
-    def wait(self, context: Any, over: Callable[[], bool] = lambda: False, timeout: float | None = None) -> bool:
-        """Wait until the call has ended or something else is over; tell whether the call goes on."""
-
-        def wake() -> None:
-            with self._changed:
-                self._changed.notify_all()
-
-        context.add_callback(wake)
-        with self._changed:
-            self._changed.wait_for(lambda: self._closing or not context.is_active() or over(), timeout)
-            return not self._closing and bool(context.is_active())
 
 
 class Servicer(DigitClassifierServicer):
@@ -209,37 +170,7 @@ def _refuse(context: Any, status: Status) -> NoReturn:
     metadata = [("grpc-retry-pushback-ms", str(pushback))]
     if status.incident_id:
         metadata.append(("incident-id", status.incident_id))
+    metadata += [(key, value) for key, value in context.invocation_metadata() if key == _request_id.KEY]
     context.set_trailing_metadata(tuple(metadata))
     context.abort(status.code, status.message)
     raise AssertionError("abort raises")
-
-
-def health_handler(state: State) -> grpc.GenericRpcHandler:
-    """grpc.health.v1.Health, by hand as in the client."""
-    known = {_WHOLE_SERVER, _core.health_request()}
-
-    def status(name: bytes) -> bytes:
-        return (_SERVING if state.serving else _NOT_SERVING) if name in known else _SERVICE_UNKNOWN
-
-    def check(name: bytes, context: Any) -> bytes:
-        if name not in known:
-            context.abort(grpc.StatusCode.NOT_FOUND, "no service of this name")
-        return status(name)
-
-    def watch(name: bytes, context: Any) -> Iterator[bytes]:
-        said = b""
-
-        def changed() -> bool:
-            return status(name) != said
-
-        while state.wait(context, changed):
-            said = status(name)
-            yield said
-
-    return grpc.method_handlers_generic_handler(
-        "grpc.health.v1.Health",
-        {
-            "Check": grpc.unary_unary_rpc_method_handler(check),
-            "Watch": grpc.unary_stream_rpc_method_handler(watch),
-        },
-    )

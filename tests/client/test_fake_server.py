@@ -162,7 +162,22 @@ def test_many_callers_are_answered_at_once(server: FakeServer) -> None:
 
 
 @pytest.mark.parametrize(
-    "answers", ["7", 10, -1, True, 3.5, object(), [1, 11], [(1, 1.5)], [(1, 0.05)], [[0.5, 0.5]], [[0.2] * 10], ["x"]]
+    "answers",
+    [
+        "7",
+        [client.MnistGrpcError],
+        10,
+        -1,
+        True,
+        3.5,
+        object(),
+        [1, 11],
+        [(1, 1.5)],
+        [(1, 0.05)],
+        [[0.5, 0.5]],
+        [[0.2] * 10],
+        ["x"],
+    ],
 )
 def test_answers_that_are_none_are_refused_where_they_are_given(answers: Any) -> None:
     with pytest.raises(ValueError, match=r"not "):
@@ -202,6 +217,17 @@ def test_a_failure_may_have_a_message_and_an_incident(server: FakeServer, twin: 
     with pytest.raises(client.ServerError, match="the disk is full") as caught:
         twin.classify(SEVEN)
     assert caught.value.incident_id == "abc"
+
+
+def test_a_failure_tells_the_id_of_the_call(server: FakeServer) -> None:
+    server.fail_next(client.UnavailableError)
+    request = pb.ClassifyRequest(pixels=pixels_of(7).tobytes())
+    with grpc.insecure_channel(server.target) as channel:
+        stub = DigitClassifierStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Classify(request, timeout=10, metadata=(("x-request-id", "mine"),))
+    trailers: Any = caught.value.trailing_metadata()
+    assert ("x-request-id", "mine") in [tuple(pair) for pair in trailers]
 
 
 @pytest.mark.parametrize("status", ["DATA_LOSS", grpc.StatusCode.DATA_LOSS])
@@ -534,7 +560,12 @@ def test_answers_that_are_used_up_fail_the_call_and_the_test(connect: Connect) -
 
 
 @pytest.mark.parametrize(
-    ("answer", "reason"), [(lambda _: 1 / 0, "division by zero"), (lambda _: 11, "0 to 9, not 11")]
+    ("answer", "reason"),
+    [
+        (lambda _: 1 / 0, "division by zero"),
+        (lambda _: 11, "0 to 9, not 11"),
+        (lambda _: client.MnistGrpcError, "one of the errors below"),
+    ],
 )
 def test_a_function_that_breaks_fails_the_call_and_the_test(
     connect: Connect, answer: Callable[[Any], Any], reason: str
