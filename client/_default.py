@@ -43,7 +43,7 @@ def _client(target: str) -> Client:
 def forget(target: str) -> None:
     """Close the client that is kept for a target that is gone."""
     with _lock:
-        client = _clients.pop((os.getpid(), target), None)
+        client = _clients.pop(target, None)
     if client is not None:
         client.close()
 
