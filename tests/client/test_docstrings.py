@@ -1,6 +1,7 @@
-"""The examples in the docstrings of what is public, run against a real server, in the folder docs/examples.
+"""The examples in the docstrings of what is public, run against a real server.
 
-They speak of `client` without importing it, and of a server at localhost:50051.
+They speak of `client` without importing it, of a server at localhost:50051, of
+the images in docs/examples, and of authorities in `ca.pem`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import doctest
 import inspect
 import re
+import shutil
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +59,13 @@ EXAMPLES = {name: thing for name, thing in public().items() if ">>>" in docstrin
 
 
 @pytest.fixture
-def at_the_server(server_address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def at_the_server(server_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("MNIST_GRPC_TARGET", server_address)
-    monkeypatch.chdir(ROOT / "docs" / "examples")
+    monkeypatch.chdir(tmp_path)
+    for image in (ROOT / "docs" / "examples").glob("*.png"):
+        shutil.copy(image, tmp_path)
+    with resources.files("grpc").joinpath("_cython/_credentials/roots.pem").open("rb") as authorities:
+        (tmp_path / "ca.pem").write_bytes(authorities.read())
     yield server_address
     _default.forget(server_address)
 

@@ -9,7 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import client
+
+pytestmark = pytest.mark.timeout(300)  # each starts a pytest of its own; 3 s where nothing else runs
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
@@ -29,7 +33,7 @@ def run_pytest(project: Path, *arguments: str, autoload: bool = False) -> subpro
         env=outside | {"PYTHONPATH": os.pathsep.join([home, str(ROOT / "examples")])} | environment,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=280,
     )
 
 
