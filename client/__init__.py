@@ -1,13 +1,11 @@
 """Read handwritten digits with an mnist-grpc server.
 
-    import client
-
-    client.classify("digit.png").digit                  # 7
-
-    with client.Client("localhost:50051") as digits:
-        digits.classify_batch(["a.png", "b.png"])
-        for prediction in digits.stream_classify(frames):
-            ...
+    >>> import client
+    >>> client.classify("7.png")
+    Prediction(digit=7, confidence=0.9...)
+    >>> with client.Client("localhost:50051") as digits:
+    ...     [prediction.digit for prediction in digits.classify_batch(["3.png", "7.png"])]
+    [3, 7]
 
 An image is a path, the bytes of a file, a binary file object, a PIL image, or a
 NumPy array: `uint8[h, w]`, `uint8[h, w, 3|4]` or floats in [0, 1]. Importing

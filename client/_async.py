@@ -56,8 +56,12 @@ class AsyncClient(Connection):
     context manager; otherwise await `close`. Arguments, methods and
     errors are those of `Client`.
 
-        async with client.AsyncClient("localhost:50051") as digits:
-            await digits.classify("digit.png")
+        >>> import asyncio
+        >>> async def read(paths):
+        ...     async with client.AsyncClient("localhost:50051") as digits:
+        ...         return await asyncio.gather(*(digits.classify(path) for path in paths))
+        >>> [prediction.digit for prediction in asyncio.run(read(["3.png", "7.png"]))]
+        [3, 7]
     """
 
     _opened: _Open | None

@@ -50,7 +50,7 @@ Options: TypeAlias = "list[tuple[str, str | int]]"
 class TLS:
     """What `Client(tls=…)` needs beyond `True`, which is TLS with the authorities that gRPC brings.
 
-    client.Client("digits.example:50051", tls=client.TLS(ca="ca.pem"))
+    >>> digits = client.Client("digits.example:50051", tls=client.TLS(ca="ca.pem"))
     """
 
     ca: Pem = None

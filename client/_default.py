@@ -17,7 +17,8 @@ _clients: dict[str, Client] = {}
 def classify(image: Image, *, target: str | None = None, timeout: float | None = None) -> Prediction:
     """Read the digit in one image.
 
-        client.classify("digit.png").digit
+        >>> client.classify("7.png").digit
+        7
 
     Args:
         image: see `client.Image`.
@@ -37,6 +38,14 @@ def _client(target: str) -> Client:
                 atexit.register(_close_all)
             _clients[target] = Client(target)
         return _clients[target]
+
+
+def forget(target: str) -> None:
+    """Close the client that is kept for a target that is gone."""
+    with _lock:
+        client = _clients.pop(target, None)
+    if client is not None:
+        client.close()
 
 
 def _close_all() -> None:

@@ -16,7 +16,16 @@ from __future__ import annotations
 
 
 class MnistGrpcError(Exception):
-    """Base of every error that a call raises."""
+    """Base of every error that a call raises.
+
+    >>> try:
+    ...     client.classify("no-such-file.png")
+    ... except client.InvalidImageError as error:  # the caller's fault
+    ...     print(error)
+    ... except client.MnistGrpcError as error:  # whatever else went wrong
+    ...     print(error.code, error.incident_id)
+    'no-such-file.png' cannot be read: No such file or directory
+    """
 
     code: str | None = None
     """The name of the gRPC status code; None if the error arose on this side."""

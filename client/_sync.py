@@ -43,8 +43,9 @@ class Client(Connection):
     thread, or an `AsyncClient` had been used. A context manager; otherwise call `close`. The connection is made by
     the first call, and made again when it is lost.
 
-        with client.Client("localhost:50051") as digits:
-            digits.classify("digit.png")
+        >>> with client.Client("localhost:50051", timeout=2.5) as digits:
+        ...     digits.classify("3.png").digit
+        3
 
     Args:
         target: `host:port`, the port 50051 where it is left out, or any gRPC
@@ -155,6 +156,11 @@ class Client(Connection):
     def classify(self, image: Image, *, timeout: float | None = None) -> Prediction:
         """Read the digit in one image.
 
+            >>> with client.Client() as digits:
+            ...     prediction = digits.classify("7.png", timeout=5)
+            >>> prediction.digit, prediction.probabilities.shape
+            (7, (10,))
+
         Args:
             image: see `client.Image`.
             timeout: seconds for this call; else the client's.
@@ -179,6 +185,10 @@ class Client(Connection):
         self, images: Iterable[Image], *, timeout: float | None = None, progress: bool = False
     ) -> list[Prediction]:
         """Read the digits in any number of images; return the answers in their order.
+
+            >>> with client.Client() as digits:
+            ...     [prediction.digit for prediction in digits.classify_batch(["3.png", "7.png"])]
+            [3, 7]
 
         All are answered, or the first error is raised; that of a bad image
         tells its `index`. Images are prepared while others are on their way;
@@ -231,6 +241,13 @@ class Client(Connection):
     ) -> Generator[Prediction | MnistGrpcError, None, None]:
         """Read the digits in a sequence of frames while it goes on.
 
+            >>> with client.Client() as digits:
+            ...     for result in digits.stream_classify(["3.png", b"no image", "7.png"]):
+            ...         print(result.digit if isinstance(result, client.Prediction) else result)
+            3
+            the file is no image file of a known format (PNG, JPEG, BMP, GIF, WEBP, TIFF)
+            7
+
         Yields one result a frame, in order: a `Prediction`, or, in the place of
         a frame that could not be read, the error (not raised: the stream goes
         on). What ends the whole stream is raised, also an error of `frames`, after
@@ -257,12 +274,23 @@ class Client(Connection):
         return stream.run(frames)
 
     def get_model(self, *, timeout: float | None = None) -> Model:
-        """Tell what the server serves."""
+        """Tell what the server serves.
+
+        >>> with client.Client() as digits:
+        ...     model = digits.get_model()
+        >>> model.name, model.labels[7]
+        ('mnist', '7')
+        """
         with self._call(timeout) as seconds:
             return _core.parse_model(self._stub.GetModel(pb.GetModelRequest(), timeout=seconds))
 
     def wait_ready(self, timeout: float = _core.DEFAULT_READY_TIMEOUT) -> None:
         """Wait until the server serves.
+
+            >>> with client.Client() as digits:
+            ...     digits.wait_ready(60)
+            ...     digits.classify("7.png").digit
+            7
 
         Raises:
             UnavailableError: it does not within `timeout` seconds.
@@ -285,7 +313,12 @@ class Client(Connection):
                 time.sleep(_core.READY_PAUSE)
 
     def is_serving(self, *, timeout: float | None = None) -> bool:
-        """Whether the server answers that it serves; False while it loads or drains."""
+        """Whether the server answers that it serves; False while it loads or drains.
+
+        >>> with client.Client() as digits:
+        ...     digits.is_serving()
+        True
+        """
         with self._call(timeout) as seconds:
             router = self._open().router
             check = router.unary_unary(_core.HEALTH_CHECK, request_serializer=bytes, response_deserializer=bytes)

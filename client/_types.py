@@ -17,7 +17,14 @@ Image: TypeAlias = ImageLike
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Prediction:
-    """The answer to one image."""
+    """The answer to one image.
+
+    >>> prediction = client.classify("7.png")
+    >>> prediction
+    Prediction(digit=7, confidence=0.9...)
+    >>> float(prediction.probabilities[prediction.digit]) == prediction.confidence
+    True
+    """
 
     digit: int
     """The most probable digit, 0 to 9."""
@@ -46,7 +53,13 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What a server serves."""
+    """What a server serves.
+
+    >>> with client.Client() as digits:
+    ...     model = digits.get_model()
+    >>> model.version == model.weights_sha256[:12] == client.classify("7.png").model_version
+    True
+    """
 
     name: str
     """For example `mnist`."""
