@@ -14,7 +14,7 @@ this package loads neither torch nor anything of the server.
 
 from client._async import AsyncClient
 from client._channel import TLS
-from client._default import classify
+from client._default import classify, explain
 from client._errors import (
     DeadlineExceededError,
     InvalidImageError,
@@ -45,5 +45,6 @@ __all__ = [
     "UnauthenticatedError",
     "UnavailableError",
     "classify",
+    "explain",
     "request_id",
 ]

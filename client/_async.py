@@ -19,8 +19,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import grpc
+import PIL.Image
 
-from client import _core, _fork, _request_id
+from client import _core, _explain, _fork, _request_id
 from client._async_batch import exchange
 from client._async_gather import AsyncGather
 from client._async_stream import AsyncStream, prepare
@@ -135,7 +136,15 @@ class AsyncClient(Connection):
 
     async def classify(self, image: Image, *, timeout: float | None = None) -> Prediction:
         """See `Client.classify`. Files are prepared in a thread."""
-        pixels = _core.quick_bytes(image) or (await prepare(image)).tobytes()
+        return await self._classify_pixels(_core.quick_bytes(image) or (await prepare(image)).tobytes(), timeout)
+
+    async def explain(self, image: Image, *, timeout: float | None = None) -> PIL.Image.Image:
+        """See `Client.explain`. Images are prepared, and the picture is drawn, in a thread."""
+        stages = await asyncio.to_thread(_core.stages_of, image)
+        prediction = await self._classify_pixels(stages.pixels.tobytes(), timeout)
+        return await asyncio.to_thread(_explain.draw, stages, prediction)
+
+    async def _classify_pixels(self, pixels: bytes, timeout: float | None) -> Prediction:
         gather = self._gather()
         if gather is not None and not gather.begin_alone():
             return await gather.join(pixels, self._seconds(timeout))

@@ -31,7 +31,7 @@ from client._errors import (
 )
 from client._types import Image, Model, Prediction
 from digits.canonical import canonical_bytes
-from digits.preprocessing import CLASSES, PIXELS, InvalidImage, to_pixels
+from digits.preprocessing import CLASSES, PIXELS, InvalidImage, Preprocessing, preprocess
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 
 DEFAULT_TIMEOUT = 10.0  # seconds
@@ -80,8 +80,13 @@ def prepare(image: Image, index: int | None = None) -> npt.NDArray[np.uint8]:
     Raises:
         InvalidImageError: the image cannot be read or breaks a rule.
     """
+    return stages_of(image, index).pixels.reshape(PIXELS)
+
+
+def stages_of(image: Image, index: int | None = None) -> Preprocessing:
+    """What `prepare` does, with the stages in between. The same errors."""
     try:
-        return to_pixels(image).reshape(PIXELS)
+        return preprocess(image)
     except InvalidImage as error:
         raised = InvalidImageError(str(error) if index is None else f"image {index}: {error}")
         raised.index = index

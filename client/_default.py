@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import threading
 
+import PIL.Image
+
 from client import _fork
 from client._channel import resolve_target
 from client._sync import Client
@@ -29,6 +31,16 @@ def classify(image: Image, *, target: str | None = None, timeout: float | None =
         MnistGrpcError: see `Client`.
     """
     return _client(resolve_target(target)).classify(image, timeout=timeout)
+
+
+def explain(image: Image, *, target: str | None = None, timeout: float | None = None) -> PIL.Image.Image:
+    """Draw how an image is read, for people: an RGB picture. See `Client.explain`.
+
+        >>> client.explain("7.png").save("why.png")
+
+    Args and errors are those of `classify`.
+    """
+    return _client(resolve_target(target)).explain(image, timeout=timeout)
 
 
 def _client(target: str) -> Client:

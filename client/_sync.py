@@ -9,8 +9,9 @@ from types import TracebackType
 from typing import Self, TypeAlias, cast
 
 import grpc
+import PIL.Image
 
-from client import _core, _fork, _request_id
+from client import _core, _explain, _fork, _request_id
 from client._batch import MESSAGES_IN_FLIGHT, Chunks, progress_bar
 from client._channel import TLS, ChannelSettings, channel_settings, checked_interceptors
 from client._connection import Connection
@@ -165,7 +166,30 @@ class Client(Connection):
             image: see `client.Image`.
             timeout: seconds for this call; else the client's.
         """
-        pixels = _core.prepare_bytes(image)
+        return self._classify_pixels(_core.prepare_bytes(image), timeout)
+
+    def explain(self, image: Image, *, timeout: float | None = None) -> PIL.Image.Image:
+        """Draw how an image is read, for people: an RGB picture.
+
+            >>> with client.Client() as digits:
+            ...     digits.explain("7.png").save("why.png")
+
+        From left to right it shows the image in grey, what is left of it without
+        its paper, what in that was chosen as the digit, the pixels that are sent,
+        and the answer with the probabilities of all digits as bars.
+
+        Args:
+            image: see `client.Image`.
+            timeout: seconds for this call; else the client's.
+        """
+        return self._explain(image, timeout)[1]
+
+    def _explain(self, image: Image, timeout: float | None) -> tuple[Prediction, PIL.Image.Image]:
+        stages = _core.stages_of(image)
+        prediction = self._classify_pixels(stages.pixels.tobytes(), timeout)
+        return prediction, _explain.draw(stages, prediction)
+
+    def _classify_pixels(self, pixels: bytes, timeout: float | None) -> Prediction:
         gather = self._gather()
         if gather is not None and not gather.begin_alone():
             return gather.join(pixels, self._seconds(timeout))

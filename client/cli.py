@@ -24,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return 0 if all went well, 1 if something did not, 2 for a wrong command line."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if getattr(options, "explain", None) is not None and len(options.images) != 1:
+        parser.error(f"--explain draws one image, not {len(options.images)}")
     try:
         opened = _client(options)
     except ValueError as error:
@@ -72,6 +74,8 @@ def _read_token(path: str) -> str:
 def _classify(client: Client, options: argparse.Namespace) -> int:
     """Print a line for each image as soon as it is read; a bad image stops nothing."""
     images = [sys.stdin.buffer.read() if name == "-" else name for name in options.images]
+    if options.explain is not None:
+        return _explain(client, options, images[0])
     width = max(len(name) for name in options.images)
     failed = False
     for name, result in zip(options.images, client.stream_classify(images), strict=True):
@@ -84,6 +88,20 @@ def _classify(client: Client, options: argparse.Namespace) -> int:
         else:
             print(f"mnist-grpc: {name}: {result}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _explain(client: Client, options: argparse.Namespace, image: str | bytes) -> int:
+    """Print the line of one image, and write the picture that explains it."""
+    (name,) = options.images
+    prediction, picture = client._explain(image, None)
+    try:
+        picture.save(options.explain)
+    except (OSError, ValueError) as error:  # ValueError: no format has such a suffix
+        reason = getattr(error, "strerror", None) or error
+        print(f"mnist-grpc: {options.explain} cannot be written: {reason}", file=sys.stderr)
+        return 1
+    print(_json_line(name, prediction) if options.json else _line(name, len(name), prediction, options.top))
+    return 0
 
 
 def _line(name: str, width: int, prediction: Prediction, top: int) -> str:
@@ -134,6 +152,11 @@ def _parser() -> argparse.ArgumentParser:
     classify.add_argument("images", nargs="+", metavar="IMAGE", help="an image file; - is standard input")
     classify.add_argument(
         "--top", type=int, choices=range(1, 11), default=1, metavar="N", help="answers an image, 1 to 10 (default: 1)"
+    )
+    classify.add_argument(
+        "--explain",
+        metavar="PICTURE",
+        help="also draw how the image is read, to this file (.png, .jpg, ...); with one image",
     )
     classify.set_defaults(run=_classify)
 

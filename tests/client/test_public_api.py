@@ -29,6 +29,7 @@ NAMES = [
     "UnauthenticatedError",
     "UnavailableError",
     "classify",
+    "explain",
     "request_id",
 ]
 METHODS = [
@@ -36,6 +37,7 @@ METHODS = [
     "classify_batch",
     "classify_iter",
     "close",
+    "explain",
     "get_model",
     "is_serving",
     "stream_classify",

@@ -1,0 +1,106 @@
+"""The picture of how an image was read."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+import pytest
+
+import client
+from client import cli
+from client._explain import _BAR, _INK, PANEL, draw
+from digits.preprocessing import preprocess
+
+ROOT = Path(__file__).parents[2]
+SEVEN = ROOT / "docs" / "examples" / "7.png"
+
+
+def prediction(digit: int, confidence: float) -> client.Prediction:
+    probabilities = np.full(10, (1 - confidence) / 9, np.float32)
+    probabilities[digit] = confidence
+    return client.Prediction(digit, confidence, probabilities, "0123456789ab", 1, 0.0, 0.0)
+
+
+def count(picture: PIL.Image.Image, colour: tuple[int, int, int], first_panel: int, last_panel: int) -> int:
+    """Pixels of a colour in some of the panels, 0 the leftmost."""
+    part = np.asarray(picture)[:, 16 + first_panel * (PANEL + 16) : 16 + (last_panel + 1) * (PANEL + 16)]
+    return int((part == colour).all(axis=2).sum())
+
+
+def test_it_has_a_panel_for_each_stage_and_one_for_the_answer(server_address: str) -> None:
+    picture = client.explain(SEVEN, target=server_address)
+    assert picture.mode == "RGB"
+    assert picture.size == (16 + 5 * (PANEL + 16), 40 + PANEL + 32)
+
+
+def test_the_chosen_ink_is_marked_where_it_is() -> None:
+    image = np.full((300, 300), 240, np.uint8)
+    image[40:160, 50:70] = 20  # the digit, above on the left
+    image[290:300] = 0  # the table's edge
+    picture = draw(preprocess(image), prediction(1, 0.9))
+    panel = np.asarray(picture)[56 : 56 + PANEL, 16 + 2 * (PANEL + 16) :][:, :PANEL]
+    marked = (panel == _INK).all(axis=2)
+    rows, columns = np.flatnonzero(marked.any(axis=1)), np.flatnonzero(marked.any(axis=0))
+    scale = PANEL / 300
+    assert rows[0] == pytest.approx(40 * scale, abs=4)
+    assert rows[-1] == pytest.approx(160 * scale, abs=4)
+    assert columns[0] == pytest.approx(50 * scale, abs=4)
+    assert columns[-1] == pytest.approx(70 * scale, abs=4)
+
+
+def test_the_pixels_that_are_sent_are_shown(digits: list[npt.NDArray[np.uint8]]) -> None:
+    stages = preprocess(digits[3])
+    picture = draw(stages, prediction(3, 0.9))
+    panel = np.asarray(picture.convert("L"))[56 : 56 + PANEL, 16 + PANEL + 16 :][:, :PANEL]
+    np.testing.assert_array_equal(panel[4::8, 4::8], stages.pixels)
+    assert picture.width < draw(preprocess(SEVEN), prediction(7, 0.9)).width, "there is nothing between to be shown"
+
+
+def test_bars_are_as_long_as_probabilities() -> None:
+    stages = preprocess(SEVEN)
+    sure, unsure = (draw(stages, prediction(7, confidence)) for confidence in (0.9, 0.45))
+    assert count(sure, _INK, 4, 4) == pytest.approx(2 * count(unsure, _INK, 4, 4), rel=0.05)
+    assert count(unsure, _BAR, 4, 4) > count(sure, _BAR, 4, 4)
+
+
+def test_both_clients_draw_the_same(server_address: str) -> None:
+    async def drawn() -> PIL.Image.Image:
+        async with client.AsyncClient(server_address) as digits:
+            return await digits.explain(SEVEN)
+
+    with client.Client(server_address) as digits:
+        picture = digits.explain(SEVEN)
+    assert picture.tobytes() == asyncio.run(drawn()).tobytes()
+
+
+def test_a_bad_image_raises_as_classify_does(server_address: str) -> None:
+    with client.Client(server_address) as digits, pytest.raises(client.InvalidImageError, match="contrast"):
+        digits.explain(np.zeros((28, 28), np.uint8))
+
+
+def test_the_command_writes_the_picture_and_prints_the_answer(
+    server_address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "why.png"
+    assert cli.main(["classify", str(SEVEN), "--target", server_address, "--explain", str(out)]) == 0
+    assert capsys.readouterr().out.split()[1] == "7"
+    with PIL.Image.open(out) as picture:
+        assert picture.size == (16 + 5 * (PANEL + 16), 40 + PANEL + 32)
+
+
+@pytest.mark.parametrize("name", ["why.unknown", "missing/why.png"])
+def test_a_picture_that_cannot_be_written_is_told(
+    server_address: str, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["classify", str(SEVEN), "--target", server_address, "--explain", str(tmp_path / name)]) == 1
+    assert f"{name} cannot be written: " in capsys.readouterr().err
+
+
+def test_several_images_are_not_drawn_into_one_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["classify", "a.png", "b.png", "--explain", "why.png"])
+    assert "--explain draws one image, not 2" in capsys.readouterr().err
