@@ -39,7 +39,7 @@ def test_it_has_a_panel_for_each_stage_and_one_for_the_answer(server_address: st
 
 def test_the_chosen_ink_is_marked_where_it_is() -> None:
     image = np.full((300, 300), 240, np.uint8)
-    image[40:160, 50:70] = 20  # the digit, above on the left
+    image[40:220, 50:80] = 20  # the digit, above on the left
     image[290:300] = 0  # the table's edge
     picture = draw(preprocess(image), prediction(1, 0.9))
     panel = np.asarray(picture)[56 : 56 + PANEL, 16 + 2 * (PANEL + 16) :][:, :PANEL]
@@ -47,9 +47,9 @@ def test_the_chosen_ink_is_marked_where_it_is() -> None:
     rows, columns = np.flatnonzero(marked.any(axis=1)), np.flatnonzero(marked.any(axis=0))
     scale = PANEL / 300
     assert rows[0] == pytest.approx(40 * scale, abs=4)
-    assert rows[-1] == pytest.approx(160 * scale, abs=4)
+    assert rows[-1] == pytest.approx(220 * scale, abs=4)
     assert columns[0] == pytest.approx(50 * scale, abs=4)
-    assert columns[-1] == pytest.approx(70 * scale, abs=4)
+    assert columns[-1] == pytest.approx(80 * scale, abs=4)
 
 
 def test_the_pixels_that_are_sent_are_shown(digits: list[npt.NDArray[np.uint8]]) -> None:
