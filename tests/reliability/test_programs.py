@@ -54,3 +54,29 @@ def test_a_wrong_answer_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     good.receipt.model_version = "0" * 12
     with pytest.raises(BrokenRule, match="unknown version"):
         answers.check(good, [0, 1])
+
+
+def test_a_stream_that_loses_or_doubles_a_frame_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.reliability.common import known
+    from bench.reliability.resume import Caller, film
+    from client import Prediction
+
+    answers = known(pixels=film())
+    ((version, logits),) = answers.logits.items()
+
+    def outcome_of(*numbers: int) -> tuple[int, int, int, bool]:
+        caller = Caller(answers, str(tmp_path / "done"))
+        for _ in zip(range(5), caller.frames(), strict=False):
+            pass
+        for number in numbers:
+            row = answers.probabilities(version, [number])[0]
+            caller.take(Prediction(int(logits[number].argmax()), float(row.max()), row, version, 1, 0.0, 0.0))
+        outcome = caller.end()
+        return outcome.answered, outcome.doubled, outcome.lost, bool(outcome.complaints)
+
+    assert outcome_of(0, 1, 2, 3, 4) == (5, 0, 0, False)
+    assert outcome_of(0, 1, 3, 4) == (4, 0, 1, True)
+    assert outcome_of(0, 1, 1, 2, 3, 4) == (6, 1, 0, True)
+    assert outcome_of(0, 2, 1, 3, 4) == (5, 0, 0, True)
+    assert outcome_of(0, 1, 2, 3, 77) == (5, 0, 1, True)
