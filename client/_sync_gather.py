@@ -8,7 +8,6 @@ condition costs. Who leaves while it sends hands the message on.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Sequence
@@ -83,10 +82,9 @@ class SyncGather:
         """Let all who wait have the error of a closed client; calls that are under way are the channel's to end."""
         with self._lock:
             self._closed = True
-            waiting = self._gathering.drain()
-        for caller in waiting:
-            caller.result = RuntimeError(_core.CLOSED)
-            _wake(caller)
+            for caller in self._gathering.drain():
+                caller.result = RuntimeError(_core.CLOSED)
+                _wake(caller)
 
     def _wait(self, caller: _Caller) -> None:
         """Until there is a message to send or a result, or the caller's time or patience is over."""
@@ -180,5 +178,6 @@ _deadline = attrgetter("deadline")
 
 
 def _wake(caller: _Caller) -> None:
-    with contextlib.suppress(RuntimeError):  # it is awake already
+    """By one thread at a time: with the lock of the gather held, or as the sender of the caller's message."""
+    if caller.wake.locked():  # or it is awake already
         caller.wake.release()
