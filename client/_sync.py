@@ -237,8 +237,11 @@ class Client(Connection):
         `stream_classify`. An error is raised in the place of its image. Leaving
         the loop ends the calls that are under way.
 
-            for path, prediction in zip(paths, digits.classify_iter(paths)):
-                ...
+            >>> with client.Client() as digits:
+            ...     for path, prediction in zip(["3.png", "7.png"], digits.classify_iter(["3.png", "7.png"])):
+            ...         print(path, prediction.digit)
+            3.png 3
+            7.png 7
 
         Args:
             images: see `classify_batch`.

@@ -266,7 +266,7 @@ class DrivenAsyncClient:
     def classify_batch(self, images: Iterable[client.Image], **options: Any) -> list[client.Prediction]:
         return self._thread.run(self._client.classify_batch(images, **options))
 
-    def classify_iter(self, images: Iterable[client.Image], **options: Any) -> Iterator[client.Prediction]:
+    def classify_iter(self, images: Iterable[client.Image], **options: Any) -> Generator[client.Prediction, None, None]:
         return self._iterator(lambda: self._client.classify_iter(images, **options))
 
     def stream_classify(
