@@ -244,7 +244,7 @@ def test_endless_images_are_read_no_further_than_their_answers_are_taken(
     answers = connect(server_address).classify_iter(images())
     assert labels(itertools.islice(answers, 100)) == [index % 10 for index in range(100)]
     assert read <= 100 + (MESSAGES_IN_FLIGHT + 1) * MOST_IMAGES
-    answers.close()  # type: ignore[attr-defined]
+    answers.close()
 
 
 def test_answers_come_while_the_rest_is_under_way(connect: Connect, fakes: Fakes, digits: list[GreyImage]) -> None:
@@ -272,7 +272,7 @@ def test_leaving_the_loop_cancels_what_is_under_way(connect: Connect, fakes: Fak
 
     answers = connect(fakes.serve(classify=classify)).classify_iter(digits * 10)
     assert next(answers).digit == 0
-    answers.close()  # type: ignore[attr-defined]
+    answers.close()
     assert cancelled.wait(20)
 
 
