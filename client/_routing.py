@@ -36,11 +36,19 @@ Channel = TypeVar("Channel")
 class Link(Generic[Channel]):
     """A channel, which server it leads to, and how many calls it has."""
 
-    def __init__(self, server: int, channel: Channel, state: Callable[[bool], grpc.ChannelConnectivity]) -> None:
+    def __init__(
+        self,
+        server: int,
+        channel: Channel,
+        state: Callable[[bool], grpc.ChannelConnectivity],
+        work: Callable[[float], None] = lambda _: None,
+    ) -> None:
         self.server = server
         self.channel = channel
         self.state = state
         """How it stands; with True, an idle channel begins to connect."""
+        self.work = work
+        """Let it go on connecting for so many seconds, where it does that only while somebody waits for it."""
         self.open_calls = 0
 
 
@@ -63,8 +71,11 @@ class Router(Generic[Channel]):
             return 0
         first = next(self._turn)
         order = [(first + step) % len(self.links) for step in range(len(self.links))]
-        states = {number: self.links[number].state(True) for number in order}
         rank = {READY: 0, DOWN: 2}
+        states = {number: self.links[number].state(True) for number in order}
+        for number, state in states.items():
+            if state not in rank:
+                self.links[number].work(0)
         with self._lock:
             chosen = min(
                 order,
@@ -122,7 +133,7 @@ class SyncRouter(Router[grpc.Channel]):
     """A channel to stubs."""
 
     def __init__(self, settings: ChannelSettings) -> None:
-        links = [Link(server, channel, _state_of(channel)) for server, channel in open_channels(settings)]
+        links = [Link(server, channel, *_state_of(channel)) for server, channel in open_channels(settings)]
         if settings.interceptors:
             for link in links:
                 link.channel = grpc.intercept_channel(link.channel, *settings.interceptors)
@@ -148,6 +159,9 @@ class SyncRouter(Router[grpc.Channel]):
         while self.has_several_servers and self.may_wait():
             if deadline is not None and time.monotonic() >= deadline:
                 return
+            for link in self.links:
+                if link.state(False) is not DOWN:
+                    link.work(LOOK_SECONDS / len(self.links))
             time.sleep(LOOK_SECONDS)
 
     def close(self) -> None:
@@ -155,24 +169,30 @@ class SyncRouter(Router[grpc.Channel]):
             link.channel.close()
 
 
-def _state_of(channel: grpc.Channel) -> Callable[[bool], grpc.ChannelConnectivity]:
-    """How a synchronous channel stands.
+def _state_of(
+    channel: grpc.Channel,
+) -> tuple[Callable[[bool], grpc.ChannelConnectivity], Callable[[float], None]]:
+    """How a synchronous channel stands, and its `Link.work`.
 
-    `subscribe` would tell, by a thread for each channel that wakes five times a
-    second; what that thread asks is asked here. Where others wrapped the
-    channel beyond recognition, a call is the only way to find out.
+    `subscribe` would do both, by a thread for each channel that wakes five
+    times a second; what that thread asks is asked here. It is needed with old
+    versions of grpcio, which connect only while somebody waits. Where others
+    wrapped the channel beyond recognition, a call is the only way to find out.
     """
     inner: Any = channel
     while inner is not None and not hasattr(inner, "check_connectivity_state"):
         inner = getattr(inner, "_channel", None)
     if inner is None:
-        return lambda _: READY
+        return lambda _: READY, lambda _: None
     states = {state.value[0]: state for state in grpc.ChannelConnectivity}
 
     def state(connect: bool) -> grpc.ChannelConnectivity:
         return states.get(inner.check_connectivity_state(connect), READY)
 
-    return state
+    def work(seconds: float) -> None:
+        inner.watch_connectivity_state(inner.check_connectivity_state(False), time.time() + seconds)
+
+    return state, work
 
 
 class SyncUnary:
