@@ -18,7 +18,7 @@ def training_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m trainer",
         usage="python -m trainer [train] [flags]\n       python -m trainer evaluate --weights PATH [flags]",
-        description="Train weights for the server on MNIST. The epoch with the best validation accuracy is kept, "
+        description="Train weights for the server on MNIST. The epoch with the lowest validation loss is kept, "
         f"measured once on the test images, and written to --out: {WEIGHTS}, its manifest, metrics.json and pictures. "
         "With the defaults that takes about ten minutes.",
         epilog=f"{LAYOUT} On the CPU, the same seed gives the same weights, bit for bit, on the same machine with as "
@@ -51,7 +51,7 @@ def training_parser() -> argparse.ArgumentParser:
         ),
         ("drawn", "SHARE", "part of each batch that is not from the data set but drawn by a model of a pen; 0: none"),
         ("validation_size", "IMAGES", "training images held back to choose the best epoch, 1 or more"),
-        ("patience", "EPOCHS", "stop after so many epochs without a better validation accuracy; 0: never"),
+        ("patience", "EPOCHS", "stop after so many epochs without a lower validation loss; 0: never"),
         ("seed", "SEED", "of the split, initial weights, order, dropout and augmentation; 0 or more"),
     ]:
         default = getattr(DEFAULTS, name)

@@ -32,7 +32,7 @@ class TrainingSettings:
     """A name in `digits.network.ARCHITECTURES`."""
 
     # Optimiser: SGD with Nesterov's momentum
-    epochs: int = 150
+    epochs: int = 120
     """Passes over the training images; 1 or more."""
 
     batch_size: int = 256
@@ -65,7 +65,7 @@ class TrainingSettings:
 
     # Run
     patience: int = 0
-    """Epochs without a better validation accuracy after which to stop; 0 never stops early."""
+    """Epochs without a lower validation loss after which to stop; 0 never stops early."""
 
     seed: int = 1
     """Of the split, the initial weights, the order, dropout and augmentation; 0 to 2^63-1."""

@@ -64,10 +64,10 @@ def scripted(monkeypatch: pytest.MonkeyPatch, script: list[tuple[int, float]]) -
     return seen
 
 
-def test_the_best_epochs_weights_are_kept_and_the_loss_decides_between_equals(
+def test_the_weights_of_the_epoch_with_the_lowest_validation_loss_are_kept(
     digits_data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = scripted(monkeypatch, [(50, 0.9), (80, 0.5), (80, 0.4), (80, 0.6), (70, 0.1)])
+    seen = scripted(monkeypatch, [(50, 0.9), (80, 0.5), (79, 0.4), (90, 0.6), (70, 0.7)])
     heard: list[Epoch] = []
     training = train(dataclasses.replace(ONE_STEP, epochs=5), digits_data, heard.append)
     assert [epoch.best for epoch in training.epochs] == [True, True, True, False, False]
@@ -83,7 +83,7 @@ def test_the_best_epochs_weights_are_kept_and_the_loss_decides_between_equals(
 def test_patience_stops_after_so_many_epochs_without_a_better_one(
     digits_data: Data, monkeypatch: pytest.MonkeyPatch, patience: int, epochs: int
 ) -> None:
-    scripted(monkeypatch, [(50, 1), (40, 1), (60, 1), (59, 1), (58, 1), (57, 1)])
+    scripted(monkeypatch, [(50, 0.5), (60, 0.6), (40, 0.4), (59, 0.41), (58, 0.42), (57, 0.43)])
     training = train(dataclasses.replace(ONE_STEP, epochs=6, patience=patience), digits_data)
     assert len(training.epochs) == epochs
 
