@@ -12,6 +12,7 @@ from client._core import DEFAULT_TARGET, DEFAULT_TIMEOUT, TARGET_VARIABLE, check
 from client._errors import MnistGrpcError
 from client._sync import Client
 from client._types import Prediction
+from client.video.command import add_command as add_video
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
 
     health = commands.add_parser("health", parents=[common], help="ask whether the server serves; exit code 0 if so")
     health.set_defaults(run=_health)
+
+    add_video(commands, common)
     return parser
 
 

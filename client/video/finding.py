@@ -32,7 +32,7 @@ _REACH = 24  # pixels to either side that decide how much ink differs from paper
 _INK = 0.45  # of the strongest contrast nearby: more than this is ink
 _SHORTEST, _TALLEST = 16, 96  # pixels of a level
 _BROADEST = 13.0  # pixels of a level: the square must hold the stroke's paper on both sides
-_WIDEST = 1.9  # times the height
+_WIDEST = 2.3  # times the height
 _THIN = 0.35  # times the height: narrower than this is a 1, or a piece of a line
 _STROKE = (0.025, 0.36)  # of the longer side of the box
 _LENGTH = (0.75, 4.6)  # of the stroke, in longer sides of the box: a 1 is 0.9, an 8 about 3.5
@@ -120,7 +120,8 @@ def _smooth(grey: Grey) -> Grey:
     wide = np.pad(grey, 1, mode="edge").astype(np.uint16)
     rows = wide[:-2] + 2 * wide[1:-1] + wide[2:]
     both = rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]
-    return ((both + 8) >> 4).astype(np.uint8)
+    smooth: Grey = ((both + 8) >> 4).astype(np.uint8)
+    return smooth
 
 
 def _top_hats(grey: Grey) -> tuple[Grey, Grey]:
