@@ -39,14 +39,17 @@ class Components:
     def __len__(self) -> int:
         return len(self.area)
 
-    def sums(self, values: npt.NDArray[np.uint8]) -> Integers:
-        """The sum of `values`, `uint8[h, w]`, over each component."""
-        if not len(self):
-            return np.zeros(0, np.intp)
-        running = np.concatenate([[0], np.cumsum(values, dtype=np.intp)])
-        shift = self._starts // (self._shape[1] + 1)  # `values` has no clear column
-        by_run = running[self._ends - shift] - running[self._starts - shift]
-        return np.add.reduceat(by_run, self._first[:-1])
+    def means(self, values: npt.NDArray[np.uint8], which: Integers) -> npt.NDArray[np.float64]:
+        """The mean of `values`, `uint8[h, w]`, over each of these components."""
+        if not len(which):
+            return np.zeros(0)
+        runs = _ranges(self._first[which], self._first[which + 1])
+        pixels = _ranges(self._starts[runs], self._ends[runs])
+        flat = pixels - pixels // (self._shape[1] + 1)  # `values` has no clear column between its rows
+        area = self.area[which]
+        sums = np.add.reduceat(values.ravel()[flat], np.cumsum(area) - area, dtype=np.intp)
+        means: npt.NDArray[np.float64] = sums / area
+        return means
 
     def mask(self, index: int, left: int, top: int, right: int, bottom: int) -> Mask:
         """The pixels of a component in a window that holds all of it, `bool[bottom - top, right - left]`."""
@@ -97,7 +100,7 @@ def _join(starts: Integers, ends: Integers, stride: int) -> Integers:
     high = np.searchsorted(starts, ends + stride, "right")
     touching = np.maximum(high - low, 0)
     upper = np.repeat(np.arange(len(starts)), touching)
-    lower = np.arange(len(upper)) - np.repeat(np.cumsum(touching) - touching, touching) + np.repeat(low, touching)
+    lower = _ranges(low, low + touching)
     labels = np.arange(len(starts))
     while len(upper):
         one, other = labels[upper], labels[lower]
@@ -107,3 +110,11 @@ def _join(starts: Integers, ends: Integers, stride: int) -> Integers:
         while not np.array_equal(parents := labels[labels], labels):
             labels = parents
     return labels
+
+
+def _ranges(starts: Integers, ends: Integers) -> Integers:
+    """All numbers from each start up to its end, one range after the other."""
+    lengths = ends - starts
+    before = np.cumsum(lengths) - lengths
+    ranges: Integers = np.arange(lengths.sum()) + np.repeat(starts - before, lengths)
+    return ranges

@@ -25,6 +25,7 @@ from client.video.components import Components, Mask, find_components
 Grey: TypeAlias = npt.NDArray[np.uint8]
 
 WORKING_SIDE = 640  # the longer side to which pictures are scaled; the smallest digits are a 40th of it
+MAX_WORKING_SIDE = 2_800  # up to here, sums over a picture fit 32 bits
 LEVELS = 3  # this picture, half of it, a quarter of it: each is searched for digits of one range of sizes
 
 _SQUARE = 25  # pixels of the top-hats' square: a stroke of half of that is seen with its paper
@@ -44,6 +45,7 @@ _SHARPNESS = (0.25, 0.55)  # 1 less the width of its edge in widths of the strok
 _EVENNESS = (0.7, 0.8)  # 1 less the deviation of its contrast
 _CONTRAST = (20.0, 48.0)  # of 255
 _SAME_PLACE = 0.35  # intersection over union
+_INK_FROM = np.maximum(np.arange(256) * _INK, _CONTRAST[0] / 2).astype(np.uint8)  # by the strongest contrast nearby
 _FINER = 1.4  # times better is what is found at a level twice as fine
 _INSIDE = 0.8  # of a box inside another one
 
@@ -69,7 +71,12 @@ def find_digits(picture: npt.NDArray[np.uint8], *, working_side: int = WORKING_S
         picture: `uint8[h, w]`, or `uint8[h, w, 3]` in RGB.
         working_side: the longer side to which larger pictures are scaled for
             the search; digits shorter than a 40th of it are not looked for.
+
+    Raises:
+        ValueError: the working side is not above 0, or above 2,800.
     """
+    if not 0 < working_side <= MAX_WORKING_SIDE:
+        raise ValueError(f"the working side is 1 to {MAX_WORKING_SIDE} pixels, not {working_side!r}")
     image = Image.fromarray(picture).convert("L")
     longer = max(image.size)
     if longer > working_side:
@@ -81,7 +88,8 @@ def find_digits(picture: npt.NDArray[np.uint8], *, working_side: int = WORKING_S
         if min(level.shape) < _SHORTEST:
             break
         scale = (picture.shape[1] / level.shape[1], picture.shape[0] / level.shape[0])
-        found += [(candidate, number) for candidate in _search(_Level.of(level, scale))]
+        good = [candidate.box for candidate, _ in found if candidate.score > 1 / _FINER]
+        found += [(candidate, number) for candidate in _search(_Level.of(level, scale), good)]
         image = image.reduce(2)
     return _without_doubles(found)
 
@@ -97,8 +105,6 @@ class _Level:
     """By how much it is lighter."""
     activity: Grey
     """The larger of the two."""
-    sums: npt.NDArray[np.int64]
-    """Of the activity above and left of each pixel, `int64[h + 1, w + 1]`."""
     scale: tuple[float, float]
     """The picture's pixels to one of the level."""
 
@@ -106,10 +112,7 @@ class _Level:
     def of(cls, grey: Grey, scale: tuple[float, float]) -> _Level:
         smooth = _smooth(grey)
         dark, light = _top_hats(smooth)
-        activity = np.maximum(dark, light)
-        sums = np.zeros((grey.shape[0] + 1, grey.shape[1] + 1), np.int64)
-        np.cumsum(np.cumsum(activity, axis=1, dtype=np.int32), axis=0, out=sums[1:, 1:])
-        return cls(smooth, dark, light, activity, sums, scale)
+        return cls(smooth, dark, light, np.maximum(dark, light), scale)
 
 
 # Pixels ---------------------------------------------------------------------
@@ -138,30 +141,50 @@ def _extreme(grey: Grey, reach: int, pick: np.ufunc) -> Grey:
     Along one axis and then the other, with windows that double in length.
     """
     for axis in (0, 1):
-        padding = [(0, 0), (0, 0)]
-        padding[axis] = (reach, reach)
-        line = np.moveaxis(np.pad(grey, padding, mode="edge"), axis, 0)
+        line = grey if axis == 0 else grey.T
+        before, after = np.repeat(line[:1], reach, axis=0), np.repeat(line[-1:], reach, axis=0)
+        line = np.concatenate([before, line, after])
+        if axis:
+            line = np.asfortranarray(line)
         length, wanted = 1, 2 * reach + 1
         while length < wanted:
             step = min(length, wanted - length)
             line = pick(line[:-step], line[step:])
             length += step
-        grey = np.moveaxis(line, 0, axis)
+        grey = line if axis == 0 else line.T
     return grey
+
+
+def _ink_from(hat: Grey) -> Grey:
+    """From which contrast on a pixel is ink, by the strongest contrast around it: `uint8[h, w]`.
+
+    At half the size, which is fine enough for what is looked for 24 pixels around.
+    """
+    height, width = hat.shape
+    even = np.zeros((height + height % 2, width + width % 2), np.uint8)
+    even[:height, :width] = hat
+    rows = np.maximum(even[::2], even[1::2])
+    half = _INK_FROM[_extreme(np.maximum(rows[:, ::2], rows[:, 1::2]), _REACH // 2, np.maximum)]
+    return np.repeat(np.repeat(half, 2, axis=0), 2, axis=1)[:height, :width]
 
 
 # Components -----------------------------------------------------------------
 
 
-def _search(level: _Level) -> list[Candidate]:
-    """Candidates of both polarities at one level."""
+def _search(level: _Level, known: list[Box]) -> list[Candidate]:
+    """Candidates of both polarities at one level, but for places that are known already."""
     candidates = []
     for hat, sign in ((level.dark, 1), (level.light, -1)):
-        strongest = _extreme(hat, _REACH, np.maximum)
-        threshold = np.maximum(strongest * np.float32(_INK), np.float32(_CONTRAST[0] / 2))
-        parts = find_components(hat > threshold)
+        parts = find_components(hat > _ink_from(hat))
         for group in _groups(parts, hat, level):
-            candidate = _examine(group, parts, hat, sign, level)
+            left, top = int(parts.left[group].min()), int(parts.top[group].min())
+            right, bottom = int(parts.right[group].max()), int(parts.bottom[group].max())
+            box = Box(left, top, right, bottom)
+            if max(box.width, box.height) > _TALLEST or any(
+                _same_place(box.scaled(*level.scale), other) for other in known
+            ):
+                continue
+            candidate = _examine(box, group, parts, hat, sign, level)
             if candidate is not None:
                 candidates.append(candidate)
     return candidates
@@ -170,18 +193,18 @@ def _search(level: _Level) -> list[Candidate]:
 def _groups(parts: Components, hat: Grey, level: _Level) -> list[list[int]]:
     """Which components may make a digit together, by their numbers: strokes of the right size, and what broke off them.
 
-    Rough tests over all components at once, so that a frame full of texture
-    costs little more than a clean one.
+    Rough tests, so that a frame full of texture costs little more than a clean one.
     """
     height, width = parts.bottom - parts.top, parts.right - parts.left
     longer = np.maximum(height, width)
     inside = (parts.left > 0) & (parts.top > 0) & (parts.right < hat.shape[1]) & (parts.bottom < hat.shape[0])
-    mean = parts.sums(hat) / parts.area
     whole = inside & (height >= _SHORTEST) & (longer <= _TALLEST) & (width <= _WIDEST * height)
-    whole &= (parts.area > 0.03 * height * width) & (mean > 0.7 * _CONTRAST[0])
-    alone = _mean_around(parts, level) < _BUSY * mean
+    fitting = np.flatnonzero(whole & (parts.area > 0.03 * height * width))
+    means = parts.means(hat, fitting)
     groups = []
-    for main in np.flatnonzero(whole & alone).tolist():
+    for main, mean in zip(fitting.tolist(), means.tolist(), strict=True):
+        if mean < 0.7 * _CONTRAST[0] or _mean_around(parts, main, level.activity) > _BUSY * mean:
+            continue
         stroke = min(2 * float(parts.area[main]) / float(height[main] + width[main]), 0.2 * float(longer[main]))
         gap = max(2.0, 0.9 * stroke)
         apart_x = np.maximum(parts.left - parts.right[main], parts.left[main] - parts.right)
@@ -197,29 +220,19 @@ def _groups(parts: Components, hat: Grey, level: _Level) -> list[list[int]]:
     return groups
 
 
-def _mean_around(parts: Components, level: _Level) -> npt.NDArray[np.float64]:
-    """How much goes on, on average, in a band around each component's box."""
-    height, width = level.activity.shape
-    sums = level.sums
-
-    def within(reach: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        left, top = np.maximum(parts.left - reach, 0), np.maximum(parts.top - reach, 0)
-        right, bottom = np.minimum(parts.right + reach, width), np.minimum(parts.bottom + reach, height)
-        total = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
-        return total, (right - left) * (bottom - top)
-
-    (inner, inner_area), (outer, outer_area) = within(2), within(7)
-    around: npt.NDArray[np.float64] = (outer - inner) / np.maximum(outer_area - inner_area, 1)
-    return around
+def _mean_around(parts: Components, index: int, activity: Grey) -> float:
+    """How much goes on, on average, in a band around a component's box."""
+    left, top = int(parts.left[index]), int(parts.top[index])
+    right, bottom = int(parts.right[index]), int(parts.bottom[index])
+    inner = activity[max(top - 2, 0) : bottom + 2, max(left - 2, 0) : right + 2]
+    outer = activity[max(top - 7, 0) : bottom + 7, max(left - 7, 0) : right + 7]
+    return float(int(outer.sum()) - int(inner.sum())) / max(outer.size - inner.size, 1)
 
 
-def _examine(group: list[int], parts: Components, hat: Grey, sign: int, level: _Level) -> Candidate | None:
+def _examine(box: Box, group: list[int], parts: Components, hat: Grey, sign: int, level: _Level) -> Candidate | None:
     """The candidate that a group of components is, or None if it is no pen's stroke on plain surroundings."""
-    left, top = int(parts.left[group].min()), int(parts.top[group].min())
-    right, bottom = int(parts.right[group].max()), int(parts.bottom[group].max())
-    longer = max(right - left, bottom - top)
-    if longer > _TALLEST:
-        return None
+    left, top, right, bottom = box.left, box.top, box.right, box.bottom
+    longer = max(box.width, box.height)
     margin = max(4, longer // 6)
     x0, y0 = max(left - margin, 0), max(top - margin, 0)
     x1, y1 = min(right + margin, hat.shape[1]), min(bottom + margin, hat.shape[0])
@@ -228,25 +241,27 @@ def _examine(group: list[int], parts: Components, hat: Grey, sign: int, level: _
         mask |= parts.mask(other, x0, y0, x1, y1)
     window = hat[y0:y1, x0:x1]
     values = window[mask]
-    contrast = float(np.partition(values, 7 * len(values) // 10)[7 * len(values) // 10])
-    if contrast < _CONTRAST[0]:
-        return None
-    stroke, widest = _stroke(mask)
-    length = float(mask.sum()) / stroke
-    if not _STROKE[0] <= stroke / longer <= _STROKE[1] or widest > _UNEVEN * stroke + 2:
-        return None
-    if stroke > _BROADEST or not _LENGTH[0] <= length / longer <= _LENGTH[1]:
-        return None
-    if right - left < _THIN * (bottom - top) and _goes_on(level.activity, left, top, right, bottom, contrast):
+    contrast = _quantile(values, 0.7)
+    if contrast <= _CONTRAST[0]:
         return None
     near = _grown(mask, 2)
     ring = _grown(near, max(3, longer // 10)) & ~near
     if not ring.any():
         return None
-    grey = level.grey[y0:y1, x0:x1]
-    if sign * (float(np.median(grey[ring])) - float(grey[mask].mean())) < 0.5 * contrast:
+    grey, activity = level.grey[y0:y1, x0:x1], level.activity[y0:y1, x0:x1]
+    if sign * (_quantile(grey[ring], 0.5) - float(grey[mask].mean())) < 0.5 * contrast:
         return None  # only a gap between two things, as light as all the paper
-    paper = 1 - float(level.activity[y0:y1, x0:x1][ring].mean()) / contrast
+    paper = 1 - float(activity[ring].mean()) / contrast
+    if paper <= _PAPER[0]:
+        return None
+    stroke, widest = _stroke(mask)
+    length = len(values) / stroke
+    if not _STROKE[0] <= stroke / longer <= _STROKE[1] or widest > _UNEVEN * stroke + 2:
+        return None
+    if stroke > _BROADEST or not _LENGTH[0] <= length / longer <= _LENGTH[1]:
+        return None
+    if box.width < _THIN * box.height and _goes_on(level.activity, box, contrast):
+        return None
     ink = np.where(near, window, 0) * np.float32(1 / contrast)
     edge = float(((ink > 0.25) & (ink < 0.75)).sum()) / (2 * length)  # pixels from paper to ink
     score = (
@@ -258,16 +273,23 @@ def _examine(group: list[int], parts: Components, hat: Grey, sign: int, level: _
     if not score:
         return None
     return Candidate(
-        box=Box(left, top, right, bottom).scaled(*level.scale),
+        box=box.scaled(*level.scale),
         crop=np.rint(np.clip(ink, 0, 1) * 255).astype(np.uint8),
         score=score,
     )
 
 
-def _goes_on(activity: Grey, left: int, top: int, right: int, bottom: int, contrast: float) -> bool:
+def _quantile(values: Grey, share: float) -> float:
+    """The value that this share of the values is below; NumPy's own takes ten times as long."""
+    index = int(share * len(values))
+    return float(np.partition(values, index)[index])
+
+
+def _goes_on(activity: Grey, box: Box, contrast: float) -> bool:
     """Whether an upright stroke is only a piece of a line that goes on beyond both its ends."""
-    x0, x1 = max(left - 3, 0), right + 3
-    above, below = activity[max(top - 10, 0) : max(top - 3, 0), x0:x1], activity[bottom + 3 : bottom + 10, x0:x1]
+    columns = slice(max(box.left - 3, 0), box.right + 3)
+    above = activity[max(box.top - 10, 0) : max(box.top - 3, 0), columns]
+    below = activity[box.bottom + 3 : box.bottom + 10, columns]
     return all(len(end) and end.mean(axis=0).max() > 0.5 * contrast for end in (above, below))
 
 
@@ -284,21 +306,20 @@ def _stroke(mask: Mask) -> tuple[float, float]:
     leave a quarter of its width times its area in sum.
     """
     inner = np.pad(mask, 1)
-    area = left = int(inner.sum())
+    core = inner[1:-1, 1:-1]
+    area = left = int(np.count_nonzero(core))
     total = layers = 0
-    while left:
+    while left and layers <= _BROADEST:
         total += left
         layers += 1
-        core = inner[1:-1, 1:-1]
-        inner[1:-1, 1:-1] = core & inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:]
-        left = int(inner.sum())
+        core[:] = core & inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:]
+        left = int(np.count_nonzero(core))
     return max(4 * total / area - 2, 1.0), 2.0 * layers
 
 
 def _grown(mask: Mask, reach: int) -> Mask:
     """The mask and what lies within a square of `reach` pixels around it."""
-    grown: Mask = _extreme(mask.view(np.uint8), reach, np.maximum).view(np.bool_)
-    return grown
+    return _extreme(mask.view(np.uint8), reach, np.maximum) > 0
 
 
 # Several of one digit -------------------------------------------------------
