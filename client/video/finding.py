@@ -47,6 +47,7 @@ _CONTRAST = (20.0, 48.0)  # of 255
 _SAME_PLACE = 0.35  # intersection over union
 _INK_FROM = np.maximum(np.arange(256) * _INK, _CONTRAST[0] / 2).astype(np.uint8)  # by the strongest contrast nearby
 _FINER = 1.4  # times better is what is found at a level twice as fine
+_KNOWN = 0.6  # of a box that lies in the box of what was found at a finer level: it is not looked at again
 _INSIDE = 0.8  # of a box inside another one
 
 
@@ -180,9 +181,8 @@ def _search(level: _Level, known: list[Box]) -> list[Candidate]:
             left, top = int(parts.left[group].min()), int(parts.top[group].min())
             right, bottom = int(parts.right[group].max()), int(parts.bottom[group].max())
             box = Box(left, top, right, bottom)
-            if max(box.width, box.height) > _TALLEST or any(
-                _same_place(box.scaled(*level.scale), other) for other in known
-            ):
+            place = box.scaled(*level.scale)
+            if max(box.width, box.height) > _TALLEST or any(place.common_area(o) > _KNOWN * place.area for o in known):
                 continue
             candidate = _examine(box, group, parts, hat, sign, level)
             if candidate is not None:
