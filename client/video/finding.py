@@ -13,7 +13,7 @@ less the picture itself (F. Meyer, "Contrast feature extraction", 1979).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ Grey: TypeAlias = npt.NDArray[np.uint8]
 
 WORKING_SIDE = 640  # the longer side to which pictures are scaled; the smallest digits are a 40th of it
 MAX_WORKING_SIDE = 2_800  # up to here, sums over a picture fit 32 bits
-LEVELS = 3  # this picture, half of it, a quarter of it: each is searched for digits of one range of sizes
+LEVELS = 4  # this picture, half of it, a quarter, an eighth: each is searched for one range of sizes
 
 _SQUARE = 25  # pixels of the top-hats' square: a stroke of half of that is seen with its paper
 _REACH = 24  # pixels to either side that decide how much ink differs from paper here
@@ -38,17 +38,20 @@ _THIN = 0.35  # times the height: narrower than this is a 1, or a piece of a lin
 _STROKE = (0.025, 0.36)  # of the longer side of the box
 _LENGTH = (0.75, 4.6)  # of the stroke, in longer sides of the box: a 1 is 0.9, an 8 about 3.5
 _UNEVEN = 2.1  # how much wider than on average a stroke may be where it is widest
-_BUSY = 0.6  # of a component's contrast may be what goes on around it, on average
+_APART = 0.4  # of a component's contrast, by which its own tone is apart from that of the band around its box
 # What a pen's stroke on plain surroundings is like: from where on it counts, and from where on it counts fully.
-_PAPER = (0.45, 0.7)  # how quiet the ring around it is, 1 being plain
+_PAPER = (0.72, 0.88)  # how quiet the ring around it is, 1 being plain
+_FREE = (0.25, 0.55)  # how free it is of strokes of the other polarity: a hole in a 0 has ink all around
 _SHARPNESS = (0.25, 0.55)  # 1 less the width of its edge in widths of the stroke
 _EVENNESS = (0.7, 0.8)  # 1 less the deviation of its contrast
 _CONTRAST = (20.0, 48.0)  # of 255
+_LEAST = 0.1  # of the score: less is not worth asking about
 _SAME_PLACE = 0.35  # intersection over union
 _INK_FROM = np.maximum(np.arange(256) * _INK, _CONTRAST[0] / 2).astype(np.uint8)  # by the strongest contrast nearby
 _FINER = 1.4  # times better is what is found at a level twice as fine
 _KNOWN = 0.6  # of a box that lies in the box of what was found at a finer level: it is not looked at again
 _INSIDE = 0.8  # of a box inside another one
+_SLIVER, _SLIVER_INSIDE = 0.12, 0.15  # of the area of a box: what is so much smaller may be the rough edge of its ink
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,8 +107,6 @@ class _Level:
     """By how much each pixel is darker than what is around a stroke."""
     light: Grey
     """By how much it is lighter."""
-    activity: Grey
-    """The larger of the two."""
     scale: tuple[float, float]
     """The picture's pixels to one of the level."""
 
@@ -113,7 +114,7 @@ class _Level:
     def of(cls, grey: Grey, scale: tuple[float, float]) -> _Level:
         smooth = _smooth(grey)
         dark, light = _top_hats(smooth)
-        return cls(smooth, dark, light, np.maximum(dark, light), scale)
+        return cls(smooth, dark, light, scale)
 
 
 # Pixels ---------------------------------------------------------------------
@@ -175,22 +176,22 @@ def _ink_from(hat: Grey) -> Grey:
 def _search(level: _Level, known: list[Box]) -> list[Candidate]:
     """Candidates of both polarities at one level, but for places that are known already."""
     candidates = []
-    for hat, sign in ((level.dark, 1), (level.light, -1)):
+    for hat, other, sign in ((level.dark, level.light, 1), (level.light, level.dark, -1)):
         parts = find_components(hat > _ink_from(hat))
-        for group in _groups(parts, hat, level):
+        for group in _groups(parts, hat, sign, level):
             left, top = int(parts.left[group].min()), int(parts.top[group].min())
             right, bottom = int(parts.right[group].max()), int(parts.bottom[group].max())
             box = Box(left, top, right, bottom)
             place = box.scaled(*level.scale)
             if max(box.width, box.height) > _TALLEST or any(place.common_area(o) > _KNOWN * place.area for o in known):
                 continue
-            candidate = _examine(box, group, parts, hat, sign, level)
+            candidate = _examine(box, group, parts, hat, other, sign, level)
             if candidate is not None:
                 candidates.append(candidate)
     return candidates
 
 
-def _groups(parts: Components, hat: Grey, level: _Level) -> list[list[int]]:
+def _groups(parts: Components, hat: Grey, sign: int, level: _Level) -> list[list[int]]:
     """Which components may make a digit together, by their numbers: strokes of the right size, and what broke off them.
 
     Rough tests, so that a frame full of texture costs little more than a clean one.
@@ -202,8 +203,9 @@ def _groups(parts: Components, hat: Grey, level: _Level) -> list[list[int]]:
     fitting = np.flatnonzero(whole & (parts.area > 0.03 * height * width))
     means = parts.means(hat, fitting)
     groups = []
-    for main, mean in zip(fitting.tolist(), means.tolist(), strict=True):
-        if mean < 0.7 * _CONTRAST[0] or _mean_around(parts, main, level.activity) > _BUSY * mean:
+    own = parts.means(level.grey, fitting)
+    for main, mean, tone in zip(fitting.tolist(), means.tolist(), own.tolist(), strict=True):
+        if mean < 0.7 * _CONTRAST[0] or sign * (_mean_around(parts, main, level.grey) - tone) < _APART * mean:
             continue
         stroke = min(2 * float(parts.area[main]) / float(height[main] + width[main]), 0.2 * float(longer[main]))
         gap = max(2.0, 0.9 * stroke)
@@ -220,16 +222,18 @@ def _groups(parts: Components, hat: Grey, level: _Level) -> list[list[int]]:
     return groups
 
 
-def _mean_around(parts: Components, index: int, activity: Grey) -> float:
-    """How much goes on, on average, in a band around a component's box."""
+def _mean_around(parts: Components, index: int, grey: Grey) -> float:
+    """The tone of a band around a component's box, on average."""
     left, top = int(parts.left[index]), int(parts.top[index])
     right, bottom = int(parts.right[index]), int(parts.bottom[index])
-    inner = activity[max(top - 2, 0) : bottom + 2, max(left - 2, 0) : right + 2]
-    outer = activity[max(top - 7, 0) : bottom + 7, max(left - 7, 0) : right + 7]
+    inner = grey[max(top - 2, 0) : bottom + 2, max(left - 2, 0) : right + 2]
+    outer = grey[max(top - 7, 0) : bottom + 7, max(left - 7, 0) : right + 7]
     return float(int(outer.sum()) - int(inner.sum())) / max(outer.size - inner.size, 1)
 
 
-def _examine(box: Box, group: list[int], parts: Components, hat: Grey, sign: int, level: _Level) -> Candidate | None:
+def _examine(
+    box: Box, group: list[int], parts: Components, hat: Grey, other: Grey, sign: int, level: _Level
+) -> Candidate | None:
     """The candidate that a group of components is, or None if it is no pen's stroke on plain surroundings."""
     left, top, right, bottom = box.left, box.top, box.right, box.bottom
     longer = max(box.width, box.height)
@@ -237,8 +241,8 @@ def _examine(box: Box, group: list[int], parts: Components, hat: Grey, sign: int
     x0, y0 = max(left - margin, 0), max(top - margin, 0)
     x1, y1 = min(right + margin, hat.shape[1]), min(bottom + margin, hat.shape[0])
     mask = parts.mask(group[0], x0, y0, x1, y1)
-    for other in group[1:]:
-        mask |= parts.mask(other, x0, y0, x1, y1)
+    for piece in group[1:]:
+        mask |= parts.mask(piece, x0, y0, x1, y1)
     window = hat[y0:y1, x0:x1]
     values = window[mask]
     contrast = _quantile(values, 0.7)
@@ -248,11 +252,14 @@ def _examine(box: Box, group: list[int], parts: Components, hat: Grey, sign: int
     ring = _grown(near, max(3, longer // 10)) & ~near
     if not ring.any():
         return None
-    grey, activity = level.grey[y0:y1, x0:x1], level.activity[y0:y1, x0:x1]
-    if sign * (_quantile(grey[ring], 0.5) - float(grey[mask].mean())) < 0.5 * contrast:
+    grey = level.grey[y0:y1, x0:x1]
+    around = grey[ring].astype(np.int16)
+    plain = _quantile(around, 0.5)
+    if sign * (plain - float(grey[mask].mean())) < 0.5 * contrast:
         return None  # only a gap between two things, as light as all the paper
-    paper = 1 - float(activity[ring].mean()) / contrast
-    if paper <= _PAPER[0]:
+    paper = 1 - float(np.abs(around - int(plain)).mean()) / contrast
+    free = 1 - float(other[y0:y1, x0:x1][ring].mean()) / contrast
+    if free <= _FREE[0] or paper <= _PAPER[0]:
         return None
     stroke, widest = _stroke(mask)
     length = len(values) / stroke
@@ -260,17 +267,18 @@ def _examine(box: Box, group: list[int], parts: Components, hat: Grey, sign: int
         return None
     if stroke > _BROADEST or not _LENGTH[0] <= length / longer <= _LENGTH[1]:
         return None
-    if box.width < _THIN * box.height and _goes_on(level.activity, box, contrast):
+    if box.width < _THIN * box.height and _goes_on(hat, box, contrast):
         return None
     ink = np.where(near, window, 0) * np.float32(1 / contrast)
     edge = float(((ink > 0.25) & (ink < 0.75)).sum()) / (2 * length)  # pixels from paper to ink
     score = (
         _rising(paper, _PAPER)
+        * _rising(free, _FREE)
         * _rising(1 - edge / stroke, _SHARPNESS)
         * _rising(1 - float(values.std()) / contrast, _EVENNESS)
         * _rising(contrast, _CONTRAST)
     )
-    if not score:
+    if score < _LEAST:
         return None
     return Candidate(
         box=box.scaled(*level.scale),
@@ -279,17 +287,17 @@ def _examine(box: Box, group: list[int], parts: Components, hat: Grey, sign: int
     )
 
 
-def _quantile(values: Grey, share: float) -> float:
+def _quantile(values: npt.NDArray[Any], share: float) -> float:
     """The value that this share of the values is below; NumPy's own takes ten times as long."""
     index = int(share * len(values))
     return float(np.partition(values, index)[index])
 
 
-def _goes_on(activity: Grey, box: Box, contrast: float) -> bool:
+def _goes_on(hat: Grey, box: Box, contrast: float) -> bool:
     """Whether an upright stroke is only a piece of a line that goes on beyond both its ends."""
     columns = slice(max(box.left - 3, 0), box.right + 3)
-    above = activity[max(box.top - 10, 0) : max(box.top - 3, 0), columns]
-    below = activity[box.bottom + 3 : box.bottom + 10, columns]
+    above = hat[max(box.top - 10, 0) : max(box.top - 3, 0), columns]
+    below = hat[box.bottom + 3 : box.bottom + 10, columns]
     return all(len(end) and end.mean(axis=0).max() > 0.5 * contrast for end in (above, below))
 
 
@@ -344,4 +352,6 @@ def _without_doubles(found: list[tuple[Candidate, int]]) -> list[Candidate]:
 
 
 def _same_place(one: Box, other: Box) -> bool:
-    return one.iou(other) > _SAME_PLACE or one.common_area(other) > _INSIDE * min(one.area, other.area)
+    smaller, larger = sorted((one.area, other.area))
+    inside = _INSIDE if smaller > _SLIVER * larger else _SLIVER_INSIDE
+    return one.iou(other) > _SAME_PLACE or one.common_area(other) > inside * smaller

@@ -26,6 +26,7 @@ from client.video.tracking import Digit, Sighting, Smoothing, Tracker
 DECODED = 2  # frames that wait to be searched
 ON_THE_WAY = 8  # frames whose answers are not all there
 ON_THE_WAY_LIVE = 2
+LEAVING = 2.0  # seconds for the decoder to notice; it may hang in a pipe that gives nothing
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,7 +135,7 @@ class VideoReader:
         for handover in (self._decoded, self._searched, self._answers):
             handover.leave()
         if self._started:
-            self._decoder.join()  # which closes the video; no other thread may while it decodes
+            self._decoder.join(LEAVING)  # which closes the video; no other thread may while it decodes
         else:
             self._started = True
             self._video.close()
