@@ -43,6 +43,7 @@ def draw_digits(pixels: Pixels, digits: Sequence[Digit]) -> Pixels:
         width, height = right - left + size // 2, bottom - top + size // 2
         x = min(max(edge[0], 0), max(image.width - round(width), 0))
         y = edge[1] - height if edge[1] >= height else edge[3] + 1  # above the box, else below it
+        y = min(max(y, 0), max(image.height - round(height), 0))
         draw.rectangle((x, y, x + width, y + height), fill=color)
         draw.text((x + size // 4 - left, y + size // 4 - top), text, fill=(255, 255, 255), font=font)
     return np.asarray(image)
@@ -71,6 +72,8 @@ class VideoWriter:
             raise InvalidVideoError(f"an annotated video ends in {', '.join(ENCODERS)}; {str(path)!r} does not")
         options = {"movflags": "+faststart"} if self.path.suffix.lower() in (".mp4", ".m4v", ".mov") else {}
         try:
+            with self.path.open("ab"):  # FFmpeg would notice at the first frame only
+                pass
             self._container = self._av.open(self.path, "w", options=options)
         except (self._av.error.FFmpegError, OSError) as error:
             raise InvalidVideoError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error

@@ -162,8 +162,9 @@ def open_video(source: Source) -> Video:
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise InvalidVideoError(f"{name} cannot be opened: {_reason(error)}") from error
     if not container.streams.video:
+        instead = ", only sound" if container.streams.audio else ""
         container.close()
-        raise InvalidVideoError(f"{name} holds no video{', only sound' if container.streams.audio else ''}")
+        raise InvalidVideoError(f"{name} holds no video{instead}")
     return Video(container, name, live)
 
 

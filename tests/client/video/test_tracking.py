@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def test_single_misreadings_are_outvoted() -> None:
 
 def test_a_digit_that_is_written_on_becomes_the_other_one_once_and_for_all() -> None:
     frames = shown(follow([[sight(1)]] * 25 + [[sight(4)]] * 40))
-    changes = [(before, after) for before, after in zip(frames, frames[1:], strict=False) if before != after]
+    changes = [(before, after) for before, after in pairwise(frames) if before != after]
     assert changes == [([], [1]), ([1], [4])]
 
 
