@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         server(
             "server", ("--port", "0", "--workers", "1", "--weights", EMBEDDED_WEIGHTS, "--log-level", "warning")
         ) as serving,
-        Client(serving.target) as client,
+        Client(serving.target, timeout=60) as client,
     ):
         folder = options.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)

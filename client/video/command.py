@@ -56,9 +56,9 @@ def run(client: Classifier, options: argparse.Namespace) -> int:
         interrupted = False
         try:
             for frame in video:
-                show(_json_line(frame)) if options.json else report.take(frame)
-                if writer is not None:
+                if writer is not None:  # first: what was told is in the file
                     writer.write(draw_digits(frame.pixels, frame.digits), frame.seconds)
+                show(_json_line(frame)) if options.json else report.take(frame)
                 progress()
         except KeyboardInterrupt:
             interrupted = True
