@@ -16,6 +16,7 @@ from client._core import DEFAULT_TIMEOUT, checked_timeout
 from client._errors import MnistGrpcError
 from client._sync import Client
 from client._types import Prediction
+from client.video.command import add_command as add_video
 
 VARIABLE_PREFIX = "MNIST_GRPC_"
 
@@ -162,6 +163,8 @@ def _parser() -> argparse.ArgumentParser:
 
     health = commands.add_parser("health", parents=[common], help="ask whether the server serves; exit code 0 if so")
     health.set_defaults(run=_health)
+
+    add_video(commands, common)
     return parser
 
 
