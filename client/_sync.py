@@ -17,7 +17,7 @@ from client._channel import TLS, ChannelSettings, channel_settings, checked_inte
 from client._connection import Connection
 from client._errors import MnistGrpcError
 from client._routing import SyncRouter
-from client._sync_batch import exchange
+from client._sync_batch import exchange, flat
 from client._sync_gather import SyncGather
 from client._sync_stream import SyncStream
 from client._types import Image, Model, Prediction
@@ -248,10 +248,11 @@ class Client(Connection):
             timeout: see `classify_batch`.
             progress: see `classify_batch`.
         """
-        chunks = self._exchange(images, timeout, progress)
-        return (prediction for chunk in chunks for prediction in chunk)
+        return flat(self._exchange(images, timeout, progress))
 
-    def _exchange(self, images: Iterable[Image], timeout: float | None, progress: bool) -> Iterator[list[Prediction]]:
+    def _exchange(
+        self, images: Iterable[Image], timeout: float | None, progress: bool
+    ) -> Generator[list[Prediction], None, None]:
         self._seconds(timeout)  # which checks it, now and not when the first answer is taken
         opened = self._open()
         most = MESSAGES_IN_FLIGHT * len(opened.router.links)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, closing
 from typing import Any
 
 from client import _core, _request_id
@@ -22,7 +22,7 @@ def exchange(
     most: int,
     target: str,
     make_bar: Callable[[], Progress],
-) -> Iterator[list[Prediction]]:
+) -> Generator[list[Prediction], None, None]:
     """Yield the predictions of each message, in order.
 
     Args:
@@ -71,3 +71,10 @@ def exchange(
         chunks.close()
         for _, under_way in sent:
             under_way.cancel()
+
+
+def flat(chunks: Generator[list[Prediction], None, None]) -> Iterator[Prediction]:
+    """The predictions one by one; leaving ends the calls that are under way."""
+    with closing(chunks):
+        for chunk in chunks:
+            yield from chunk

@@ -262,16 +262,18 @@ def test_answers_come_while_the_rest_is_under_way(connect: Connect, fakes: Fakes
 
 
 def test_leaving_the_loop_cancels_what_is_under_way(connect: Connect, fakes: Fakes, digits: list[GreyImage]) -> None:
-    cancelled = threading.Event()
+    begun, cancelled = threading.Event(), threading.Event()
 
     def classify(request: pb.ClassifyRequest, context: Any) -> pb.ClassifyResponse:
         if len(request.pixels) > FIRST_IMAGES * 784:
             context.add_callback(cancelled.set)
+            begun.set()
             fakes.stopping.wait(20)
         return fakes.answer(request)
 
     answers = connect(fakes.serve(classify=classify)).classify_iter(digits * 10)
     assert next(answers).digit == 0
+    assert begun.wait(20)
     answers.close()
     assert cancelled.wait(20)
 
