@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, closing
 from typing import Any
 
@@ -73,7 +73,7 @@ def exchange(
             under_way.cancel()
 
 
-def flat(chunks: Generator[list[Prediction], None, None]) -> Iterator[Prediction]:
+def flat(chunks: Generator[list[Prediction], None, None]) -> Generator[Prediction, None, None]:
     """The predictions one by one; leaving ends the calls that are under way."""
     with closing(chunks):
         for chunk in chunks:
