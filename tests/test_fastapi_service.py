@@ -62,7 +62,6 @@ def test_the_example_has_fewer_than_twenty_lines() -> None:
     assert len(lines) < 20
 
 
-@pytest.mark.xfail(strict=True, reason="the README does not show it yet")
 def test_the_readme_shows_the_example() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"```python\n{EXAMPLE.read_text(encoding='utf-8')}```" in readme
