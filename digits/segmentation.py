@@ -35,6 +35,9 @@ PAPER_WINDOWS = (0.3, 0.7)
 
 The wider window is for strokes that are thick beside the picture, and sees more of shadows."""
 
+THRESHOLDS = (1.0, 0.6)
+"""How far the first threshold is trusted, and the second, above which there is strong ink only."""
+
 MIN_STRENGTH = 5
 """Ink differs from the paper around it by more than this, of 255."""
 
@@ -100,8 +103,12 @@ def find_ink(grey: Grey) -> Ink | None:
         return None
     top, bottom, left, right = box_of(choice.mask)
     longer = max(bottom - top, right - left)
-    if longer < SMALL * max(scaled.shape) and scale > 1.3:
-        return _look_closer(grey, choice, scale, (top, bottom, left, right), negative)
+    if (
+        longer < SMALL * max(scaled.shape)
+        and scale > 1.3
+        and (ink := _look_closer(grey, choice, scale, (top, bottom, left, right), negative)) is not None
+    ):
+        return ink
     return Ink(scaled, choice.strength, choice.mask, choice.threshold, choice.is_dark != negative)
 
 
@@ -167,7 +174,7 @@ def _choices(grey: Grey, is_dark: bool, window: int) -> list[_Choice]:
     counts = np.bincount(strength.ravel(), minlength=256)
     threshold = morphology.otsu(counts)
     choices: list[_Choice] = []
-    for weight in (1.0, 0.6):
+    for weight in THRESHOLDS:
         threshold = max(threshold, MIN_STRENGTH)
         if (choice := _choose(grey, strength, is_dark, window, threshold, weight)) is None:
             break
@@ -265,8 +272,13 @@ def _rarity(grey: Grey, mask: Bools) -> float:
 # Small digits ---------------------------------------------------------------
 
 
-def _look_closer(grey: Grey, choice: _Choice, scale: float, box: tuple[int, int, int, int], negative: bool) -> Ink:
-    """The chosen pieces, and nothing else, in a part of the picture with more pixels to them."""
+def _look_closer(
+    grey: Grey, choice: _Choice, scale: float, box: tuple[int, int, int, int], negative: bool
+) -> Ink | None:
+    """The chosen pieces, and nothing else, in a part of the picture with more pixels to them.
+
+    None if there they stand out no more: in a strip of a few rows there is no paper left around them.
+    """
     top, bottom, left, right = box
     height, width = choice.mask.shape
     margin = 0.35 * max(bottom - top, right - left) + 2
@@ -284,4 +296,4 @@ def _look_closer(grey: Grey, choice: _Choice, scale: float, box: tuple[int, int,
     )
     threshold = max(threshold, MIN_STRENGTH // 2)
     mask = (strength > threshold) & around
-    return Ink(crop, strength, mask if mask.any() else around, threshold, choice.is_dark != negative)
+    return Ink(crop, strength, mask, threshold, choice.is_dark != negative) if mask.any() else None

@@ -99,29 +99,54 @@ class Pen:
     """The pen's width in heights; its logarithm is drawn evenly."""
 
 
-def draw(count: int, pen: Pen | None = None) -> tuple[Tensor, Tensor]:
-    """Return canonical pixels, `uint8[n, 784]`, and digits, `int64[n]`, of so many drawings; as many of each digit.
+@dataclass(frozen=True)
+class Writing:
+    """The ways of a pen, each that of one digit; lengths are in heights of the digit before it was slanted."""
 
-    Draws from torch's global CPU generator.
-    """
+    points: Tensor
+    """`float32[n, CURVE_POINTS, 2]`, x and y, y downwards."""
+
+    begins: Tensor
+    """Where the pen is set down: the points that no line leads to, `bool[n, CURVE_POINTS]`."""
+
+    half: Tensor
+    """Half of the pen's width, `float32[n]`."""
+
+    digits: Tensor
+    """`int64[n]`."""
+
+
+def write(count: int, pen: Pen | None = None) -> Writing:
+    """Write so many digits, as many of each. Draws from torch's global CPU generator."""
     pen = pen or Pen()
     chosen = torch.multinomial(_WEIGHTS, count, replacement=True)
     digits = _DIGITS[chosen]
     points = torch.empty(count, CURVE_POINTS, 2)
+    begins = torch.empty(count, CURVE_POINTS, dtype=torch.bool)
     for index in sorted(set(chosen.tolist())):
         rows = torch.nonzero(chosen == index)[:, 0]
         style = _STYLES[index]
         moved = torch.randn(len(rows), len(style.points), 2) * (pen.jitter * 2 * torch.rand(len(rows), 1, 1))
         points[rows] = style.curve @ (style.points + moved[:, style.same])  # (n, CURVE_POINTS, 2)
+        begins[rows] = style.begins
     points = _slant(points, digits, pen)
-
-    # To a longer side of 20, pen included, and the middle of the strokes to the middle of the image.
     half = torch.exp(_evenly(count, math.log(pen.thinnest), math.log(pen.thickest))) / 2
+    return Writing(points, begins, half, digits)
+
+
+def draw(count: int, pen: Pen | None = None) -> tuple[Tensor, Tensor]:
+    """Return canonical pixels, `uint8[n, 784]`, and digits, `int64[n]`, of so many drawings; as many of each digit.
+
+    Draws from torch's global CPU generator.
+    """
+    writing = write(count, pen)
+    points, half = writing.points, writing.half
+    # To a longer side of 20, pen included, and the middle of the strokes to the middle of the image.
     size = (points.amax(1) - points.amin(1)).amax(1) + 2 * half
     scale = INK_SIDE / size
     points = points * scale[:, None, None]
     points = points - points.mean(dim=1, keepdim=True) + SIDE / 2
-    return _ink(points, half * scale, 0.5 + 0.4 * torch.rand(count)), digits
+    return _ink(points, half * scale, 0.5 + 0.4 * torch.rand(count)), writing.digits
 
 
 def _slant(points: Tensor, digits: Tensor, pen: Pen) -> Tensor:
@@ -174,6 +199,8 @@ class _Style:
         counts = (lengths / lengths.sum() * CURVE_POINTS).round().int().tolist()
         counts[0] += CURVE_POINTS - sum(counts)
         self.curve = torch.cat([_evenly_spaced(c, self.points, n) for c, n in zip(curves, counts, strict=True)])
+        self.begins = torch.zeros(CURVE_POINTS, dtype=torch.bool)
+        self.begins[[sum(counts[:stroke]) for stroke in range(len(counts))]] = True
 
 
 def _evenly_spaced(curve: Tensor, points: Tensor, count: int) -> Tensor:
