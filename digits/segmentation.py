@@ -44,8 +44,14 @@ MIN_STRENGTH = 5
 MIN_WINDOW = 6
 """Pixels of the picture as it was given; in the smallest pictures strokes are up to three wide, and blurred."""
 
+SCAN_SIDE = 16
+"""A picture up to this long was cut out around a digit: it holds nothing else, and ink may touch its edges."""
+
 CONVINCING = 0.6
 """A choice that is this much like a written digit is taken without a look at others."""
+
+FINE = 0.06
+"""Strokes of this part of the picture's longer side, and finer, are those of squared paper if they fill the picture."""
 
 TRUSTED = 0.5
 """Strokes up to this part of the paper's window are seen whole."""
@@ -156,11 +162,12 @@ def _window(grey: Grey, part: float, scale: float) -> int:
 
 
 def _best_choice(grey: Grey, scale: float) -> _Choice | None:
+    is_scan = max(grey.shape) * scale <= SCAN_SIDE
     best: _Choice | None = None
     for part in PAPER_WINDOWS:
         window = _window(grey, part, scale)
         for is_dark, toward in ((False, grey), (True, 255 - grey)):
-            for choice in _choices(toward, is_dark, window):
+            for choice in _choices(toward, is_dark, window, is_scan):
                 if best is None or choice.quality > best.quality:
                     best = choice
         if best is not None and best.is_convincing:
@@ -168,7 +175,7 @@ def _best_choice(grey: Grey, scale: float) -> _Choice | None:
     return best
 
 
-def _choices(grey: Grey, is_dark: bool, window: int) -> list[_Choice]:
+def _choices(grey: Grey, is_dark: bool, window: int, is_scan: bool) -> list[_Choice]:
     """At Otsu's threshold, and, if that gives no convincing choice, at Otsu's threshold of what lies above it."""
     strength = ink_strength(grey, window)
     counts = np.bincount(strength.ravel(), minlength=256)
@@ -176,7 +183,7 @@ def _choices(grey: Grey, is_dark: bool, window: int) -> list[_Choice]:
     choices: list[_Choice] = []
     for weight in THRESHOLDS:
         threshold = max(threshold, MIN_STRENGTH)
-        if (choice := _choose(grey, strength, is_dark, window, threshold, weight)) is None:
+        if (choice := _choose(grey, strength, is_dark, window, is_scan, threshold, weight)) is None:
             break
         choices.append(choice)
         counts[: threshold + 1] = 0
@@ -186,7 +193,9 @@ def _choices(grey: Grey, is_dark: bool, window: int) -> list[_Choice]:
     return choices
 
 
-def _choose(grey: Grey, strength: Grey, is_dark: bool, window: int, threshold: int, weight: float) -> _Choice | None:
+def _choose(
+    grey: Grey, strength: Grey, is_dark: bool, window: int, is_scan: bool, threshold: int, weight: float
+) -> _Choice | None:
     """The pieces above a threshold that make up the digit."""
     parts = Components(strength > threshold, strength)
     if not parts.count:
@@ -195,8 +204,9 @@ def _choose(grey: Grey, strength: Grey, is_dark: bool, window: int, threshold: i
     heights, widths = parts.bottom - parts.top, parts.right - parts.left
     spans = np.maximum(heights, widths)
     away = np.minimum(np.hypot(parts.center_y / height - 0.5, parts.center_x / width - 0.5) / 0.6, 1)
-    touches = parts.on_edge > 0
-    clutter = _is_clutter(parts, heights, widths)
+    on_edge = np.zeros_like(parts.on_edge) if is_scan else parts.on_edge
+    touches = on_edge > 0
+    clutter = np.zeros(parts.count, np.bool_) if is_scan else _is_clutter(parts, heights, widths)
 
     # The heaviest piece, in the middle rather than at the edge, is the digit or most of it.
     score = parts.mass * (1 - 0.9 * away) * np.where(touches, 0.5, 1) * np.where(clutter, 0.02, 1)
@@ -213,12 +223,12 @@ def _choose(grey: Grey, strength: Grey, is_dark: bool, window: int, threshold: i
     chosen[main] = True
     mask = parts.mask(chosen)
 
-    stroke = _stroke_width(parts, main)
+    stroke = morphology.stroke_width(_piece(parts, main))
     likeness = (
         weight
         * min(max((0.45 - stroke / span) / 0.15, 0.05), 1)  # 1 for thin strokes, next to nothing for a blot
         * (0.1 if clutter[main] else 1)
-        * (1 - 0.8 * min(1.0, parts.on_edge[main] / span))
+        * (1 - 0.8 * min(1.0, on_edge[main] / span))
         * (1 - 0.5 * float(away[main]))
         * min(max(span / max(height, width) / 0.08, 0.2), 1)
         * _rarity(grey, mask) ** 3
@@ -233,27 +243,27 @@ def _is_clutter(parts: Components, heights: Any, widths: Any) -> Bools:
     """Which pieces are no writing: edges of a sheet, ruled lines, frames."""
     height, width = parts.shape
     along_edge = parts.on_edge > 0.5 * np.maximum(heights, widths)
-    everywhere = (heights == height) & (widths == width)
     ruled = (widths > 0.9 * width) & (heights < 0.15 * height)
     upright = (heights == height) & (widths < 0.06 * width)
-    clutter: Bools = along_edge | everywhere | ruled | upright
-    for large in np.flatnonzero((heights > 0.6 * height) & (widths > 0.6 * width) & ~clutter):
-        clutter[large] = _is_frame(parts, large)
+    clutter: Bools = along_edge | ruled | upright
+    for large in np.flatnonzero((heights > 0.6 * height) & (widths > 0.6 * width) & ~clutter).tolist():
+        piece = _piece(parts, large)
+        # Lines that cross the whole picture are finer than a digit's that fills it.
+        crosses = piece.shape == parts.shape and morphology.stroke_width(piece) < FINE * max(piece.shape)
+        clutter[large] = crosses or _is_frame(piece, max(1, max(parts.shape) // 40))
     return clutter
 
 
-def _is_frame(parts: Components, index: Any) -> bool:
+def _is_frame(piece: Bools, near: int) -> bool:
     """Whether a piece is drawn along all four sides of its box, as no digit is."""
-    piece = parts.mask(np.arange(parts.count) == index)
-    piece = piece[parts.top[index] : parts.bottom[index], parts.left[index] : parts.right[index]]
-    near = max(1, max(parts.shape) // 40)
     sides = (piece[:near].any(0), piece[-near:].any(0), piece[:, :near].any(1), piece[:, -near:].any(1))
     return min(float(side.mean()) for side in sides) > 0.75
 
 
-def _stroke_width(parts: Components, main: int) -> float:
-    piece = parts.mask(np.arange(parts.count) == main)
-    return morphology.stroke_width(piece[parts.top[main] : parts.bottom[main], parts.left[main] : parts.right[main]])
+def _piece(parts: Components, index: int) -> Bools:
+    """The pixels of one piece within its box."""
+    piece = parts.mask(np.arange(parts.count) == index)
+    return piece[parts.top[index] : parts.bottom[index], parts.left[index] : parts.right[index]]
 
 
 def _rarity(grey: Grey, mask: Bools) -> float:
