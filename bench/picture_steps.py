@@ -77,12 +77,15 @@ PLAINER: dict[str, Way] = {
 
 def _above_the_darkest(grey: Grey, window: int) -> Grey:
     """In place of `ink_strength`: the same paper everywhere."""
-    return grey - grey.min()
+    above: Grey = grey - grey.min()
+    return above
 
 
 def _everything(choose: Callable[..., Any]) -> Callable[..., Any]:
-    def chosen(grey: Grey, strength: Grey, is_dark: bool, window: int, threshold: int, weight: float) -> Any:
-        choice = choose(grey, strength, is_dark, window, threshold, weight)
+    def chosen(
+        grey: Grey, strength: Grey, is_dark: bool, window: int, is_scan: bool, threshold: int, weight: float
+    ) -> Any:
+        choice = choose(grey, strength, is_dark, window, is_scan, threshold, weight)
         return choice and dataclasses.replace(choice, mask=strength > threshold)
 
     return chosen
