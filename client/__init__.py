@@ -2,7 +2,7 @@
 
     >>> import client
     >>> client.classify("7.png")
-    Prediction(digit=7, confidence=0.9...)
+    Prediction(digit=7, confidence=...)
     >>> with client.Client("localhost:50051") as digits:
     ...     [prediction.digit for prediction in digits.classify_batch(["3.png", "7.png"])]
     [3, 7]

@@ -21,7 +21,7 @@ class Prediction:
 
     >>> prediction = client.classify("7.png")
     >>> prediction
-    Prediction(digit=7, confidence=0.9...)
+    Prediction(digit=7, confidence=...)
     >>> float(prediction.probabilities[prediction.digit]) == prediction.confidence
     True
     """
