@@ -154,14 +154,19 @@ def test_a_live_stream_goes_on_after_a_lost_connection_with_its_newest_frame(
     connect: Connect, server_address: str, put_proxy: Put, film: list[GreyImage], expected: list[client.Prediction]
 ) -> None:
     proxy = put_proxy(server_address)
+    answered = threading.Event()
 
     def frames() -> Iterator[GreyImage]:
         for number, image in enumerate(film[:300]):
             if number % 50 == 25:
+                assert answered.wait(20)
                 proxy.cut()
             yield image
 
-    results = list(connect(proxy.address, timeout=60).stream_classify(frames(), latest_only=True))
+    results = []
+    for result in connect(proxy.address, timeout=60).stream_classify(frames(), latest_only=True):
+        results.append(result)
+        answered.set()
     assert len(results) == 300
     for result, right in zip(results, expected, strict=False):
         if isinstance(result, client.Prediction):
