@@ -37,7 +37,7 @@ def test_ten_digits_are_found_where_they_are_and_read_from_their_crops(
     for number, left, top, size in PLACES:
         [index] = [i for i, candidate in enumerate(found) if near(left, top, size).common_area(candidate.box)]
         box = found[index].box
-        assert box.common_area(near(left - 8, top - 8, size + 16)) == box.area
+        assert box.common_area(near(left - 12, top - 12, size + 24)) == box.area
         assert max(box.width, box.height) >= size - 4
         right += predictions[index].digit == number
     assert right >= 9

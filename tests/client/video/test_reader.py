@@ -137,12 +137,11 @@ def test_a_video_is_read_once(clip: Clip, server_address: str) -> None:
 def test_when_only_the_latest_counts_a_slow_reader_skips_frames(clip: Clip, server_address: str) -> None:
     with client.Client(server_address) as digits, VideoReader(clip.path, client=digits, latest_only=True) as video:
         frames = iter(video)
-        first = next(frames)
+        next(frames)
         video._decoder.join(20)  # by now all frames were decoded, and most overtaken
         rest = [frame.index for frame in frames]
-    assert first.index == 0
     assert rest[-1] == 49
-    assert len(rest) < 49
+    assert len(rest) <= 5  # the last, and those that were under way
 
 
 @pytest.mark.parametrize("options", [{"every": 0}, {"fps": 0.0}, {"fps": float("nan")}])
