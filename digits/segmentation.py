@@ -91,9 +91,8 @@ class _Choice:
 
 def find_ink(grey: Grey) -> Ink | None:
     """Find the digit in a grey picture `uint8[h, w]`; None if there is no ink in it."""
-    # There is less ink than paper nearly always: of a picture and its negative the darker one is
-    # looked at, so that both give the same, and its bright ink is tried first.
-    negative = float(grey.mean()) > 127.5
+    # Of a picture and its negative the one is looked at in which the ink seems bright, so that both give the same.
+    negative = _seems_dark(grey)
     if negative:
         grey = 255 - grey
     scaled = to_working_side(grey)
@@ -110,6 +109,17 @@ def find_ink(grey: Grey) -> Ink | None:
     ):
         return ink
     return Ink(scaled, choice.strength, choice.mask, choice.threshold, choice.is_dark != negative)
+
+
+def _seems_dark(grey: Grey) -> bool:
+    """Whether the few pixels that are far from the rest, as ink is, are darker: then the mean is below the median."""
+    step = -(-max(grey.shape) // WORKING_SIDE)
+    counts = np.bincount(grey[::step, ::step].ravel(), minlength=256)
+    below, count = np.cumsum(counts), int(counts.sum())
+    twice_median = int(np.searchsorted(below, count / 2)) + int(np.searchsorted(below, count / 2, side="right"))
+    twice_sum = 2 * int(counts @ np.arange(256))
+    # Of a picture whose mean is its median the darker one has its ink bright, since there is less ink than paper.
+    return twice_sum > 255 * count if twice_sum == twice_median * count else twice_sum < twice_median * count
 
 
 def to_working_side(grey: Grey) -> Grey:
@@ -159,12 +169,12 @@ def _best_choice(grey: Grey, scale: float) -> _Choice | None:
     best: _Choice | None = None
     for part in PAPER_WINDOWS:
         window = _window(grey, part, scale)
-        for is_dark, toward in ((False, grey), (True, 255 - grey)):
-            for choice in _choices(toward, is_dark, window):
+        for is_dark in (False, True):
+            for choice in _choices(255 - grey if is_dark else grey, is_dark, window):
                 if best is None or choice.quality > best.quality:
                     best = choice
-        if best is not None and best.is_convincing:
-            break
+            if best is not None and best.is_convincing:
+                return best
     return best
 
 
@@ -213,7 +223,9 @@ def _choose(grey: Grey, strength: Grey, is_dark: bool, window: int, threshold: i
     chosen[main] = True
     mask = parts.mask(chosen)
 
-    stroke = _stroke_width(parts, main)
+    alone = mask if np.count_nonzero(chosen) == 1 else parts.mask(np.arange(parts.count) == main)
+    box = (slice(parts.top[main], parts.bottom[main]), slice(parts.left[main], parts.right[main]))
+    stroke = morphology.stroke_width(alone[box])
     likeness = (
         weight
         * min(max((0.45 - stroke / span) / 0.15, 0.05), 1)  # 1 for thin strokes, next to nothing for a blot
@@ -249,11 +261,6 @@ def _is_frame(parts: Components, index: Any) -> bool:
     near = max(1, max(parts.shape) // 40)
     sides = (piece[:near].any(0), piece[-near:].any(0), piece[:, :near].any(1), piece[:, -near:].any(1))
     return min(float(side.mean()) for side in sides) > 0.75
-
-
-def _stroke_width(parts: Components, main: int) -> float:
-    piece = parts.mask(np.arange(parts.count) == main)
-    return morphology.stroke_width(piece[parts.top[main] : parts.bottom[main], parts.left[main] : parts.right[main]])
 
 
 def _rarity(grey: Grey, mask: Bools) -> float:
