@@ -77,7 +77,8 @@ PLAINER: dict[str, Way] = {
 
 def _above_the_darkest(grey: Grey, window: int) -> Grey:
     """In place of `ink_strength`: the same paper everywhere."""
-    return grey - grey.min()
+    strength: Grey = grey - grey.min()
+    return strength
 
 
 def _everything(choose: Callable[..., Any]) -> Callable[..., Any]:

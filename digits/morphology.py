@@ -98,7 +98,7 @@ def stroke_width(strength: npt.NDArray[Any]) -> float:
     if is_mask:  # the differences are 0 or 1, and counting them is quicker
         down, across = here ^ below, here ^ beside
         corners = np.count_nonzero(down & across)
-        outline = np.count_nonzero(down) + np.count_nonzero(across) - (2 - math.sqrt(2)) * corners
+        outline = float(np.count_nonzero(down) + np.count_nonzero(across) - (2 - math.sqrt(2)) * corners)
         return 2 * np.count_nonzero(values) / max(outline, 1e-6)
     outline = float(np.hypot(below - here, beside - here).sum())
     return float(2 * values.sum()) / max(outline, 1e-6)
