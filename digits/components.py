@@ -49,12 +49,11 @@ class Components:
             return
         starts, lengths = self._starts[order], (self._ends - self._starts)[order]
         row, column = starts // self._stride, starts % self._stride
-        sums = np.zeros(height * self._stride + 1, np.int64)
-        padded = np.zeros((height, self._stride), np.int64)
-        padded[:, :width] = weights
-        np.cumsum(padded.ravel(), out=sums[1:])
         self.area: Ints = np.add.reduceat(lengths, first)
-        self.mass: Ints = np.add.reduceat(sums[starts + lengths] - sums[starts], first)
+        padded = np.zeros((height, self._stride), np.uint8)
+        padded[:, :width] = weights
+        sums = np.add.reduceat(padded.ravel(), edges, dtype=np.intp)[::2]  # between the runs are the odd ones
+        self.mass: Ints = np.add.reduceat(sums[order], first)
         self.top: Ints = np.minimum.reduceat(row, first)
         self.bottom: Ints = np.maximum.reduceat(row, first) + 1
         self.left: Ints = np.minimum.reduceat(column, first)

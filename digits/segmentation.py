@@ -97,9 +97,8 @@ class _Choice:
 
 def find_ink(grey: Grey) -> Ink | None:
     """Find the digit in a grey picture `uint8[h, w]`; None if there is no ink in it."""
-    # There is less ink than paper nearly always: of a picture and its negative the darker one is
-    # looked at, so that both give the same, and its bright ink is tried first.
-    negative = float(grey.mean()) > 127.5
+    # Of a picture and its negative the one is looked at in which the ink seems bright, so that both give the same.
+    negative = _seems_dark(grey)
     if negative:
         grey = 255 - grey
     scaled = to_working_side(grey)
@@ -116,6 +115,17 @@ def find_ink(grey: Grey) -> Ink | None:
     ):
         return ink
     return Ink(scaled, choice.strength, choice.mask, choice.threshold, choice.is_dark != negative)
+
+
+def _seems_dark(grey: Grey) -> bool:
+    """Whether the few pixels that are far from the rest, as ink is, are darker: then the mean is below the median."""
+    step = -(-max(grey.shape) // WORKING_SIDE)
+    counts = np.bincount(grey[::step, ::step].ravel(), minlength=256)
+    below, count = np.cumsum(counts), int(counts.sum())
+    twice_median = int(np.searchsorted(below, count / 2)) + int(np.searchsorted(below, count / 2, side="right"))
+    twice_sum = 2 * int(counts @ np.arange(256))
+    # Of a picture whose mean is its median the darker one has its ink bright, since there is less ink than paper.
+    return twice_sum > 255 * count if twice_sum == twice_median * count else twice_sum < twice_median * count
 
 
 def to_working_side(grey: Grey) -> Grey:
@@ -166,12 +176,12 @@ def _best_choice(grey: Grey, scale: float) -> _Choice | None:
     best: _Choice | None = None
     for part in PAPER_WINDOWS:
         window = _window(grey, part, scale)
-        for is_dark, toward in ((False, grey), (True, 255 - grey)):
-            for choice in _choices(toward, is_dark, window, is_scan):
+        for is_dark in (False, True):
+            for choice in _choices(255 - grey if is_dark else grey, is_dark, window, is_scan):
                 if best is None or choice.quality > best.quality:
                     best = choice
-        if best is not None and best.is_convincing:
-            break
+            if best is not None and best.is_convincing:
+                return best
     return best
 
 
@@ -223,7 +233,9 @@ def _choose(
     chosen[main] = True
     mask = parts.mask(chosen)
 
-    stroke = morphology.stroke_width(_piece(parts, main))
+    alone = mask if np.count_nonzero(chosen) == 1 else parts.mask(np.arange(parts.count) == main)
+    box = (slice(parts.top[main], parts.bottom[main]), slice(parts.left[main], parts.right[main]))
+    stroke = morphology.stroke_width(alone[box])
     likeness = (
         weight
         * min(max((0.45 - stroke / span) / 0.15, 0.05), 1)  # 1 for thin strokes, next to nothing for a blot
