@@ -136,7 +136,7 @@ def test_the_ink_that_was_drawn_is_found(name: str) -> None:
 @pytest.mark.parametrize("name", PICTURES)
 def test_pixels_are_nearly_those_of_the_clean_drawing(name: str) -> None:
     clean = to_pixels((FIVE * 255).astype(np.uint8))
-    assert mean_difference(to_pixels(PICTURES[name]()), clean) < 14  # of the same in a mirror it is 27
+    assert mean_difference(to_pixels(PICTURES[name]()), clean) < 18  # of the same in a mirror it is 27
 
 
 @pytest.mark.parametrize("name", PICTURES)
