@@ -207,7 +207,7 @@ def _choose(
     grey: Grey, strength: Grey, is_dark: bool, window: int, is_scan: bool, threshold: int, weight: float
 ) -> _Choice | None:
     """The pieces above a threshold that make up the digit."""
-    parts = Components(strength > threshold, strength)
+    parts = Components(strength > threshold)
     if not parts.count:
         return None
     height, width = strength.shape
@@ -219,17 +219,18 @@ def _choose(
     clutter = np.zeros(parts.count, np.bool_) if is_scan else _is_clutter(parts, heights, widths)
 
     # The heaviest piece, in the middle rather than at the edge, is the digit or most of it.
-    score = parts.mass * (1 - 0.9 * away) * np.where(touches, 0.5, 1) * np.where(clutter, 0.02, 1)
+    mass = parts.sums(strength)
+    score = mass * (1 - 0.9 * away) * np.where(touches, 0.5, 1) * np.where(clutter, 0.02, 1)
     main = int(score.argmax())
     span = spans[main]
 
     # Others belong to it if they are near: the bar of a 5, what a dry pen left out.
     gap_y = np.maximum(np.maximum(parts.top - parts.bottom[main], parts.top[main] - parts.bottom), 0)
     gap_x = np.maximum(np.maximum(parts.left - parts.right[main], parts.left[main] - parts.right), 0)
-    chosen = (gap_x <= 0.12 * span) & (gap_y <= 0.25 * span) & (parts.mass >= 0.03 * parts.mass[main]) & ~clutter
+    chosen = (gap_x <= 0.12 * span) & (gap_y <= 0.25 * span) & (mass >= 0.03 * mass[main]) & ~clutter
     if not touches[main]:
         # What comes in from outside is part of something else, unless it all but touches.
-        chosen &= ~touches | ((np.hypot(gap_x, gap_y) < 0.05 * span) & (parts.mass < 0.5 * parts.mass[main]))
+        chosen &= ~touches | ((np.hypot(gap_x, gap_y) < 0.05 * span) & (mass < 0.5 * mass[main]))
     chosen[main] = True
     mask = parts.mask(chosen)
 

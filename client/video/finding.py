@@ -20,7 +20,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from client.video.boxes import Box
-from client.video.components import Components, Mask, find_components
+from digits.components import Bools as Mask
+from digits.components import Components
 
 Grey: TypeAlias = npt.NDArray[np.uint8]
 
@@ -177,7 +178,7 @@ def _search(level: _Level, known: list[Box]) -> list[Candidate]:
     """Candidates of both polarities at one level, but for places that are known already."""
     candidates = []
     for hat, other, sign in ((level.dark, level.light, 1), (level.light, level.dark, -1)):
-        parts = find_components(hat > _ink_from(hat))
+        parts = Components(hat > _ink_from(hat))
         for group in _groups(parts, hat, sign, level):
             left, top = int(parts.left[group].min()), int(parts.top[group].min())
             right, bottom = int(parts.right[group].max()), int(parts.bottom[group].max())
@@ -240,9 +241,9 @@ def _examine(
     margin = max(4, longer // 6)
     x0, y0 = max(left - margin, 0), max(top - margin, 0)
     x1, y1 = min(right + margin, hat.shape[1]), min(bottom + margin, hat.shape[0])
-    mask = parts.mask(group[0], x0, y0, x1, y1)
+    mask = parts.window(group[0], x0, y0, x1, y1)
     for piece in group[1:]:
-        mask |= parts.mask(piece, x0, y0, x1, y1)
+        mask |= parts.window(piece, x0, y0, x1, y1)
     window = hat[y0:y1, x0:x1]
     values = window[mask]
     contrast = _quantile(values, 0.7)

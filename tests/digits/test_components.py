@@ -37,22 +37,29 @@ def numbers_of(parts: Components, labels: npt.NDArray[np.int32]) -> list[int]:
 @given(mask=MASKS, seed=st.integers(0, 100))
 def test_parts_and_all_their_measures_are_those_of_scipy(mask: npt.NDArray[np.bool_], seed: int) -> None:
     weights = np.random.default_rng(seed).integers(0, 256, mask.shape).astype(np.uint8)
-    parts = Components(mask, weights)
+    parts = Components(mask)
     labels, count = labelled(mask)
     assert parts.count == count
     if not count:
         return
     numbers = numbers_of(parts, labels)
+    sums, means = parts.sums(weights), parts.means(weights, np.arange(count)[::-2])
+    assert means == pytest.approx(sums[::-2] / parts.area[::-2])
     assert sorted(numbers) == list(range(1, count + 1))
     for index, number in enumerate(numbers):
         piece = labels == number
         rows, columns = np.nonzero(piece)
         assert parts.area[index] == piece.sum()
-        assert parts.mass[index] == weights[piece].sum(dtype=int)
+        assert sums[index] == weights[piece].sum(dtype=int)
         assert (parts.top[index], parts.bottom[index]) == (rows.min(), rows.max() + 1)
         assert (parts.left[index], parts.right[index]) == (columns.min(), columns.max() + 1)
         assert parts.center_y[index] == pytest.approx(rows.mean())
         assert parts.center_x[index] == pytest.approx(columns.mean())
+        np.testing.assert_array_equal(parts.window(index, 0, 0, mask.shape[1], mask.shape[0]), piece)
+        box = (int(part[index]) for part in (parts.left, parts.top, parts.right, parts.bottom))
+        np.testing.assert_array_equal(
+            parts.window(index, *box), piece[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        )
         edges = (piece[0], piece[-1], piece[:, 0], piece[:, -1])
         assert parts.on_edge[index] == max(int(edge.sum()) for edge in edges)
 
@@ -60,7 +67,7 @@ def test_parts_and_all_their_measures_are_those_of_scipy(mask: npt.NDArray[np.bo
 @settings(max_examples=100, deadline=None)
 @given(mask=MASKS, seed=st.integers(0, 100))
 def test_chosen_parts_are_painted_and_no_others(mask: npt.NDArray[np.bool_], seed: int) -> None:
-    parts = Components(mask, mask.astype(np.uint8))
+    parts = Components(mask)
     labels, _ = labelled(mask)
     chosen = np.random.default_rng(seed).random(parts.count) < 0.5
     numbers = [number for number, take in zip(numbers_of(parts, labels), chosen, strict=True) if take]
@@ -70,7 +77,7 @@ def test_chosen_parts_are_painted_and_no_others(mask: npt.NDArray[np.bool_], see
 @pytest.mark.parametrize("density", [0.1, 0.4, 0.6, 0.9])
 def test_many_parts_of_noise_are_those_of_scipy(density: float) -> None:
     mask = np.random.default_rng(0).random((144, 130)) < density
-    parts = Components(mask, mask.astype(np.uint8))
+    parts = Components(mask)
     labels, count = labelled(mask)
     assert parts.count == count
     assert sorted(parts.area.tolist()) == sorted(np.bincount(labels.ravel())[1:].tolist())
@@ -82,17 +89,19 @@ def test_a_winding_line_is_one_part_however_long_its_way() -> None:
     mask[::2] = True
     mask[1::4, -1] = True
     mask[3::4, 0] = True
-    parts = Components(mask, mask.astype(np.uint8))
+    parts = Components(mask)
     assert parts.count == labelled(mask)[1] == 1
 
 
 def test_parts_do_not_go_on_from_one_row_s_end_to_the_next_row_s_beginning() -> None:
     mask = np.array([[False, False, True], [False, False, False], [True, False, False]])
     mask[1, 0] = True  # directly below the end of the first row in memory
-    assert Components(mask, mask.astype(np.uint8)).count == 2
+    assert Components(mask).count == 2
 
 
 def test_nothing_has_no_parts() -> None:
-    parts = Components(np.zeros((5, 4), np.bool_), np.zeros((5, 4), np.uint8))
+    parts = Components(np.zeros((5, 4), np.bool_))
     assert parts.count == 0
+    assert not len(parts.sums(np.zeros((5, 4), np.uint8)))
+    assert not len(parts.means(np.zeros((5, 4), np.uint8), np.zeros(0, np.intp)))
     assert not parts.mask(np.zeros(0, np.bool_)).any()
