@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -74,10 +76,12 @@ class Outcome:
 def run(report: Report, *, cuts: int = 200, restarts: int = 8) -> None:
     """Cut the connections of streams so often, then restart their servers so often."""
     answers = known(pixels=film())
-    with processes(2) as pool:
-        _cut(report, pool, answers, cuts)
-        _restart(report, pool, answers, 2, restarts)
-        _restart(report, pool, answers, 1, max(restarts // LIVES, 1))
+    with processes(2) as pool, Fleet(report) as fleet:
+        fleet.add()
+        _cut(report, pool, answers, fleet.servers[0], cuts)
+        _restart(report, pool, answers, fleet, max(restarts // LIVES, 1))
+        fleet.add()
+        _restart(report, pool, answers, fleet, restarts)
 
 
 def film() -> npt.NDArray[np.uint8]:
@@ -90,49 +94,69 @@ def film() -> npt.NDArray[np.uint8]:
     return np.stack([to_pixels(frame.reshape(SIDE, SIDE)).reshape(PIXELS) for frame in frames])
 
 
-def _cut(report: Report, pool: Generators, answers: Known, cuts: int) -> None:
+def _cut(report: Report, pool: Generators, answers: Known, server: Server, cuts: int) -> None:
     def faults(seed: int) -> Iterator[Fault]:
         random_ = random.Random(seed)
         yield Fault(MOST_BYTES)  # the first connection lives to see an answer
         for _ in range(cuts // 2 - 1):
             yield Fault(random_.randrange(LEAST_BYTES, MOST_BYTES), how=random_.choice(("reset", "close")))
 
-    with serving() as server, Proxy(server.target, faults(1)) as first, Proxy(server.target, faults(2)) as second:
+    with Proxy(server.target, faults(1)) as first, Proxy(server.target, faults(2)) as second:
         with _streaming(pool, answers, [first.address, second.address]) as streams:
             while first.broken + second.broken < 2 * (cuts // 2) and not streams.is_over():
                 time.sleep(PAUSE_SECONDS)
         _tell(report, f"{first.broken + second.broken} cut connections", streams.outcome)
         report.require(first.broken + second.broken >= 2 * (cuts // 2), "as many connections were cut as was said")
-        check_health(report, server)
+    check_health(report, server)
 
 
-def _restart(report: Report, pool: Generators, answers: Known, count: int, restarts: int) -> None:
-    ports = [free_port() for _ in range(count)]
-    target = "ipv4:" + ",".join(f"127.0.0.1:{port}" for port in ports)
-    with contextlib.ExitStack() as stack:
-        # Each in a stack of its own, as it ends when it is restarted.
-        places = [contextlib.ExitStack() for _ in ports]
-        servers = [place.enter_context(serving(port=port)) for place, port in zip(places, ports, strict=True)]
-        for place in places:
-            stack.callback(place.close)
-        with _streaming(pool, answers, [target, target]) as streams:
-            for number in range(restarts):
-                time.sleep(PAUSE_SECONDS)
-                if streams.is_over():
-                    break
-                which = number % count
-                _stop(report, servers[which], kill=number % LIVES == LIVES - 1)
-                places[which].close()
-                servers[which] = places[which].enter_context(serving(port=ports[which]))
+def _restart(report: Report, pool: Generators, answers: Known, fleet: Fleet, restarts: int) -> None:
+    with _streaming(pool, answers, [fleet.target, fleet.target]) as streams:
+        for number in range(restarts):
             time.sleep(PAUSE_SECONDS)
-        _tell(report, f"{restarts} restarts of {'one server' if count == 1 else f'{count} servers'}", streams.outcome)
+            if streams.is_over():
+                break
+            fleet.restart(number % len(fleet.servers), kill=number % LIVES == LIVES - 1)
+        time.sleep(PAUSE_SECONDS)
+    _tell(report, f"{restarts} restarts, servers: {len(fleet.servers)}", streams.outcome)
 
 
-def _stop(report: Report, server: Server, kill: bool) -> None:
-    server.stop(signal.SIGKILL if kill else signal.SIGTERM)
-    if not kill:
-        report.require(server.process.returncode == 0, "a drained server ends with exit code 0")
-        check_health(report, server, alive=False)
+class Fleet:
+    """Servers that come back at the ports that they had; a context manager."""
+
+    def __init__(self, report: Report) -> None:
+        self.servers: list[Server] = []
+        self._report = report
+        self._ports: list[int] = []
+        self._places: list[contextlib.ExitStack] = []  # of each server one, as it ends when it is restarted
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for place in self._places:
+            place.close()
+
+    @property
+    def target(self) -> str:
+        return "ipv4:" + ",".join(f"127.0.0.1:{port}" for port in self._ports)
+
+    def add(self) -> None:
+        self._ports.append(free_port())
+        self._places.append(contextlib.ExitStack())
+        self.servers.append(self._places[-1].enter_context(serving(port=self._ports[-1])))
+
+    def restart(self, which: int, kill: bool) -> None:
+        """End a server, by SIGKILL or as an operator does, and start it again."""
+        server = self.servers[which]
+        server.stop(signal.SIGKILL if kill else signal.SIGTERM)
+        if not kill:
+            self._report.require(server.process.returncode == 0, "a drained server ends with exit code 0")
+            check_health(self._report, server, alive=False)
+        self._places[which].close()
+        self.servers[which] = self._places[which].enter_context(serving(port=self._ports[which]))
 
 
 def _tell(report: Report, what: str, outcome: Outcome) -> None:
