@@ -26,11 +26,6 @@ Put = Callable[..., "Proxy"]
 
 ROOT = Path(__file__).parents[2]
 
-notices_resets = pytest.mark.skipif(
-    tuple(map(int, grpc.__version__.split(".")[:2])) < (1, 54),
-    reason="a channel of gRPC before 1.54 may never notice that a young connection was reset: a deadline passes then",
-)
-
 
 @pytest.fixture
 def put_proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Put]:
@@ -92,7 +87,6 @@ def check(results: Iterable[client.Prediction | client.MnistGrpcError], expected
 # Lost connections -------------------------------------------------------------
 
 
-@notices_resets
 @pytest.mark.parametrize("way", ["up", "down"])
 @pytest.mark.parametrize("how", ["reset", "close"])
 def test_connections_cut_in_the_middle_lose_and_double_no_frame(
@@ -113,7 +107,6 @@ def test_connections_cut_in_the_middle_lose_and_double_no_frame(
     assert proxy.broken == len(faults)
 
 
-@notices_resets
 def test_a_connection_cut_at_each_of_its_first_bytes_is_made_again(
     connect: Connect,
     server_address: str,
