@@ -9,6 +9,7 @@ and follows the digits over time. No more than a few frames are on the way.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -16,12 +17,13 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from client._errors import InvalidImageError, MnistGrpcError
+from client._errors import MnistGrpcError
 from client._types import Prediction
 from client.video.finding import WORKING_SIDE, Candidate, find_digits
 from client.video.handover import Handover
 from client.video.reading import Frame, Pixels, Source, open_video
 from client.video.tracking import Digit, Sighting, Smoothing, Tracker
+from digits.preprocessing import InvalidImage, to_pixels
 
 DECODED = 2  # frames that wait to be searched
 ON_THE_WAY = 8  # frames whose answers are not all there
@@ -158,7 +160,7 @@ class VideoReader:
                         return  # closed meanwhile
                     if isinstance(answer, Prediction):
                         sightings.append(Sighting(candidate.box, candidate.score, answer.probabilities))
-                    elif not isinstance(answer, InvalidImageError):  # a crop without ink is no digit
+                    else:
                         raise answer
                 digits = self._tracker.update(frame.seconds, sightings)
                 yield VideoFrame(frame.index, frame.seconds, frame.pixels, digits)
@@ -181,11 +183,12 @@ class VideoReader:
         error: BaseException | None = None
         try:
             for frame in self._decoded:
-                candidates = find_digits(frame.pixels, working_side=self._working_side)
-                if not self._searched.put((frame, candidates)):
+                # All of a frame are made ready before the first is given away, so that they go in one message.
+                ready = list(_ready(find_digits(frame.pixels, working_side=self._working_side)))
+                if not self._searched.put((frame, [candidate for candidate, _ in ready])):
                     break
-                for candidate in candidates:
-                    yield candidate.crop
+                for _, pixels in ready:
+                    yield pixels
         except BaseException as caught:
             error = caught
         self._searched.end(error)
@@ -201,6 +204,13 @@ class VideoReader:
             error = caught
         self._answers.end(error)
         self._searched.end(error)  # where the stream ended before all frames were searched
+
+
+def _ready(candidates: list[Candidate]) -> Iterator[tuple[Candidate, Pixels]]:
+    """Candidates with their canonical pixels, `uint8[28, 28]`, but for those in which there is no ink after all."""
+    for candidate in candidates:
+        with contextlib.suppress(InvalidImage):
+            yield candidate, to_pixels(candidate.crop)
 
 
 def read_video(source: Source, *, client: Classifier, **options: Any) -> Iterator[VideoFrame]:
