@@ -96,8 +96,8 @@ def _nothing_is_clutter(parts: Any, heights: Any, widths: Any) -> npt.NDArray[np
 
 
 def _one_polarity(choices: Callable[..., Any]) -> Callable[..., Any]:
-    def those_of_bright_ink(grey: Grey, is_dark: bool, window: int) -> Any:
-        return [] if is_dark else choices(grey, is_dark, window)
+    def those_of_bright_ink(grey: Grey, is_dark: bool, window: int, is_scan: bool) -> Any:
+        return [] if is_dark else choices(grey, is_dark, window, is_scan)
 
     return those_of_bright_ink
 

@@ -143,7 +143,7 @@ def make_pictures(
             sheet = Sheet(KINDS[name], random, scans)
             image = _painted(sheet)
             file_name, file = (sheet.kind.save or _save)(image, sheet, f"{name}-{index:03}")
-            made.append(Picture(name, sheet.label, file_name, file, sheet.ink > 0.5))
+            made.append(Picture(name, sheet.label, file_name, file, sheet.ink > sheet.ink.max() / 2))
     return made
 
 
