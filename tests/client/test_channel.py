@@ -19,6 +19,7 @@ import pytest
 
 import client
 from client import _channel
+from client._batch import FIRST_IMAGES
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 
 if TYPE_CHECKING:
