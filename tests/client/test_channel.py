@@ -260,18 +260,20 @@ def test_a_timeout_holds_over_several_servers(
 
 
 def test_a_batch_may_be_left_over_several_servers(connect: Connect, fakes: Fakes, digits: list[GreyImage]) -> None:
-    ended = threading.Event()
+    begun, ended = threading.Event(), threading.Event()
 
     def classify(request: Any, context: Any) -> Any:
         if len(request.pixels) == FIRST_IMAGES * 784:
             return fakes.answer(request)
         context.add_callback(ended.set)
+        begun.set()
         fakes.stopping.wait(20)
         return None
 
     twin = connect([by_name(fakes.serve(classify=classify)), by_name(fakes.nobody())])
     answers = twin.classify_iter(digits * 10)
     assert next(answers).digit == 0
+    assert begun.wait(10)
     answers.close()
     assert ended.wait(10)
 
