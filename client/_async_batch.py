@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from client import _core, _request_id
+from client import _core, _fork, _request_id
 from client._batch import Chunk, Chunks, Progress
 from client._errors import InvalidImageError
 from client._types import Image, Prediction
@@ -32,6 +33,7 @@ async def exchange(
     sent: deque[tuple[Chunk, Any]] = deque()
     source = aiter(images) if isinstance(images, AsyncIterable) else None
     ended: Exception | None = None
+    process = os.getpid()
     bar = make_bar()
 
     def send(chunk: Chunk) -> tuple[Chunk, Any]:
@@ -58,6 +60,8 @@ async def exchange(
             if not sent:
                 break
             chunk, under_way = sent.popleft()
+            if os.getpid() != process:
+                raise RuntimeError(_fork.FORKED_MEANWHILE)
             try:
                 with _request_id.bound(request_id), call():
                     response = await under_way
@@ -76,8 +80,12 @@ async def exchange(
     finally:
         bar.close()
         chunks.close()
+        if os.getpid() != process:  # they are the parent's
+            sent.clear()
         for _, under_way in sent:
             under_way.cancel()
+        if isinstance(source, AsyncGenerator):
+            await source.aclose()
         await asyncio.gather(*(under_way for _, under_way in sent), return_exceptions=True)
 
 

@@ -26,10 +26,15 @@ class _Caller(Member):
 
 class _Message:
     def __init__(
-        self, exchange: Callable[[list[_Caller]], Coroutine[None, None, None]], members: list[_Caller]
+        self,
+        members: list[_Caller],
+        ask: Callable[[list[_Caller]], Coroutine[None, None, list[Prediction]]],
+        end: Callable[[_Message], None],
     ) -> None:
         self.members = members
-        self.task = asyncio.get_running_loop().create_task(exchange(members))
+        self.task = asyncio.get_running_loop().create_task(ask(members))
+        # Also called for a task that is cancelled before its first step.
+        self.task.add_done_callback(lambda _: end(self))
 
 
 class AsyncGather:
@@ -93,6 +98,8 @@ class AsyncGather:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for caller in list(self._callers):
+            self._give(caller, RuntimeError(_core.CLOSED))
 
     # Sending ------------------------------------------------------------------
 
@@ -119,23 +126,26 @@ class AsyncGather:
 
     def _begin_message(self) -> None:
         if members := self._gathering.cut():
-            message = _Message(self._exchange, members)
+            message = _Message(members, self._ask, self._end)
             self._messages.add(message)
             for caller in members:
                 caller.message = message
 
-    async def _exchange(self, members: list[_Caller]) -> None:
-        """Send a message, and give each of its callers a result."""
+    def _end(self, message: _Message) -> None:
+        """Give each caller of a message that has ended a result."""
+        members, task = message.members, message.task
         results: Sequence[Prediction | BaseException]
         too_long = False
-        try:
-            results = await self._ask(members)
-        except asyncio.CancelledError as error:  # all callers left, or the client is closed, or the loop ends
-            results = [RuntimeError(_core.CLOSED) if self._closed else error for _ in members]
-        except Exception as error:
+        if task.cancelled():  # all callers left, or the client is closed, or the loop ends
+            results = [RuntimeError(_core.CLOSED) if self._closed else asyncio.CancelledError() for _ in members]
+        elif (error := task.exception()) is None:
+            results = task.result()
+        elif isinstance(error, Exception):
             too_long = _core.is_too_long(error, len(members))
             results = [_core.error_of_member(error, self._target, caller.timeout) for caller in members]
-        self._messages.discard(members[0].message)
+        else:
+            results = [error for _ in members]
+        self._messages.discard(message)
         self._gathering.end(len(members))
         if too_long and not self._closed:
             self._gathering.too_long(len(members))

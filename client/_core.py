@@ -143,6 +143,10 @@ def parse_response(response: pb.ClassifyResponse, count: int, target: str) -> li
             f"and {len(response.probabilities)} probabilities"
         )
     probabilities = np.array(response.probabilities, np.float32).reshape(-1, CLASSES)
+    if count and not (probabilities.min() >= 0 and probabilities.max() <= 1 + 1e-3):  # which is so of NaN, too
+        raise ServerError(
+            f"{target}: the server answered with probabilities from {probabilities.min()} to {probabilities.max()}"
+        )
     probabilities.flags.writeable = False
     receipt = response.receipt
     queue_seconds = receipt.queue_time.ToNanoseconds() / 1e9
@@ -215,7 +219,12 @@ def error_of_call(error: grpc.RpcError, target: str, timeout: float) -> MnistGrp
 
 
 def error_of_member(error: Exception, target: str, timeout: float) -> Exception:
-    """The error of one of several calls whose common message failed: each caller has one of its own."""
+    """The error of one of several calls whose common message failed: each caller has one of its own.
+
+    What a token's function or an interceptor raised is theirs, and may not be made to be copied: all get the same.
+    """
+    if not isinstance(error, MnistGrpcError):
+        return error
     own = copy.copy(error)
     own.__cause__ = error.__cause__
     if isinstance(own, DeadlineExceededError):

@@ -30,6 +30,8 @@ waited for the forking one; with 0.02 s between in none."""
 
 _INSTEAD = 'start the process with multiprocessing\'s "spawn", or fork before the first call'
 
+FORKED_MEANWHILE = f"this process was forked while its parent read on; what it began is its parent's; {_INSTEAD}"
+
 
 class Forkable(Protocol):
     def _after_fork(self) -> None: ...

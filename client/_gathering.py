@@ -25,6 +25,9 @@ MAX_GATHERED = 2
 MAX_IMAGES = 256
 """In one message: more make an image hardly cheaper, and all their answers later."""
 
+TRIES_LONGER = 200
+"""After so many messages a longer one is tried again, where one was too long."""
+
 PATIENCE_SECONDS = 0.05
 """So long a call waits for others to be answered. Then it goes without: they may be with a server that hangs."""
 
@@ -69,6 +72,7 @@ class Gathering(Generic[M]):
         self._lone = 0  # messages on their way that carry one call
         self._gathered = 0  # and those that carry several
         self._max_images = MAX_IMAGES
+        self._until_longer = TRIES_LONGER
         self._last = 1  # calls in the last message
         self.joined = 0
         """How many calls have waited so far."""
@@ -132,6 +136,11 @@ class Gathering(Generic[M]):
     def end(self, images: int) -> None:
         """A message of so many images is answered, or never will be."""
         self._count(images, -1)
+        if self._max_images < MAX_IMAGES:  # another server, or one with more room, may be there by now
+            self._until_longer -= 1
+            if not self._until_longer:
+                self._max_images = min(2 * self._max_images, MAX_IMAGES)
+                self._until_longer = TRIES_LONGER
 
     def put_back(self, members: list[M]) -> None:
         """Let these wait again, before all others: their message was not sent, or not taken."""
@@ -142,6 +151,7 @@ class Gathering(Generic[M]):
     def too_long(self, images: int) -> None:
         """A message of so many images was too long for the server."""
         self._max_images = max(1, min(self._max_images, images // 2))
+        self._until_longer = TRIES_LONGER
 
     def drain(self) -> list[M]:
         """Take all who wait: nothing is sent any more."""

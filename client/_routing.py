@@ -258,7 +258,11 @@ class _RoutedFuture(concurrent.futures.Future[Any]):
     def _ask(self) -> None:
         number = self._router.take(self._tried)
         self._tried.add(self._router.links[number].server)
-        self._inner = self._calls[number].future(self._request, **_remaining(self._arguments, self._deadline))
+        try:
+            self._inner = self._calls[number].future(self._request, **_remaining(self._arguments, self._deadline))
+        except BaseException:
+            self._router.give_back(number)
+            raise
         self._inner.add_done_callback(lambda call: self._end(number, call))
 
     def _end(self, number: int, call: Any) -> None:
@@ -270,8 +274,12 @@ class _RoutedFuture(concurrent.futures.Future[Any]):
         except grpc.FutureCancelledError as cancelled:  # by the channel, which was closed
             error = call if isinstance(call, grpc.RpcError) else cancelled
         if error is not None and _went_away(error) and self._router.other_server(self._tried):
-            self._ask()
-        elif self.set_running_or_notify_cancel():
+            try:
+                self._ask()
+                return
+            except Exception as failed:  # the channel was closed meanwhile; whoever waits has to be told
+                error = failed
+        if self.set_running_or_notify_cancel():
             if error is None:
                 self.set_result(call.result())
             else:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, closing
 from typing import Any
 
-from client import _core, _request_id
+from client import _core, _fork, _request_id
 from client._batch import Chunk, Chunks, Progress
 from client._errors import InvalidImageError
 from client._types import Prediction
@@ -33,6 +34,7 @@ def exchange(
     request_id = _request_id.given() or _request_id.new()
     sent: deque[tuple[Chunk, Any]] = deque()
     ended: Exception | None = None
+    process = os.getpid()
     bar = make_bar()
 
     def send(chunk: Chunk) -> tuple[Chunk, Any]:
@@ -50,7 +52,9 @@ def exchange(
                     sent.append(send(chunk))
             if not sent:
                 break
-            chunk, under_way = sent.popleft()
+            chunk, under_way = sent[0]
+            if os.getpid() != process:
+                raise RuntimeError(_fork.FORKED_MEANWHILE)
             try:
                 with _request_id.bound(request_id), call():
                     response = under_way.result()
@@ -59,8 +63,10 @@ def exchange(
                     error.index = chunk.first
                     raise
                 chunks.limit(chunk.count // 2)
+                sent.popleft()
                 sent.extendleft(send(half) for half in reversed(chunk.halves()))
                 continue
+            sent.popleft()
             predictions = _core.parse_response(response, chunk.count, target)
             bar.update(chunk.count)
             yield predictions
@@ -69,6 +75,8 @@ def exchange(
     finally:
         bar.close()
         chunks.close()
+        if os.getpid() != process:  # they are the parent's
+            sent.clear()
         for _, under_way in sent:
             under_way.cancel()
 

@@ -8,6 +8,7 @@ condition costs. Who leaves while it sends hands the message on.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Sequence
@@ -169,8 +170,11 @@ class SyncGather:
                 self._watcher = None
             if caller.message is not None:
                 self._gathering.end(len(caller.message))
-                self._gathering.put_back([other for other in caller.message if other.result is None])
+                others = [other for other in caller.message if other.result is None and other is not caller]
+                self._gathering.put_back(others)
                 caller.message = None
+                for other in others:  # which have patience again
+                    _wake(other)
             self._appoint()
 
 
@@ -179,5 +183,5 @@ _deadline = attrgetter("deadline")
 
 def _wake(caller: _Caller) -> None:
     """By one thread at a time: with the lock of the gather held, or as the sender of the caller's message."""
-    if caller.wake.locked():  # or it is awake already
+    with contextlib.suppress(RuntimeError):  # it is awake already
         caller.wake.release()

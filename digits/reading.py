@@ -116,7 +116,7 @@ _RAISED_BY_BROKEN_FILES = (
     ValueError,
     EOFError,
     TypeError,
-    IndexError,
+    LookupError,
     OverflowError,
     RuntimeError,
     BufferError,
