@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import grpc
@@ -257,6 +257,14 @@ def _error(code: grpc.StatusCode, details: str, message: str) -> MnistGrpcError:
     raised = kind(message)
     raised.code = code.name
     return raised
+
+
+def end_call(call: Any) -> None:
+    """Cancel a call, or close the generator that an interceptor gave in place of one."""
+    end = getattr(call, "cancel", None) or getattr(call, "close", None)
+    if end is not None:
+        with suppress(ValueError):  # a generator that another thread is in, which only that one can close
+            end()
 
 
 # Readiness ------------------------------------------------------------------

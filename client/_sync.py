@@ -336,8 +336,7 @@ class Client(Connection):
                 except grpc.RpcError as error:
                     waiting.end_of_call(error)
                 finally:
-                    # A channel that others instrumented may give a generator in place of a call.
-                    (call.cancel if hasattr(call, "cancel") else call.close)()
+                    _core.end_call(call)
                 time.sleep(_core.READY_PAUSE)
 
     def is_serving(self, *, timeout: float | None = None) -> bool:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pytest
 
 import client
+from client import _core, _ledger
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 
 if TYPE_CHECKING:
@@ -136,6 +137,79 @@ def test_a_stream_may_be_closed_from_another_thread(server_address: str, digits:
         closer.start()
         closer.join(10)
         assert not closer.is_alive()
+
+
+@pytest.mark.parametrize("place", ["the thread that sends", "any, while the lock is held"])
+def test_a_dropped_stream_may_be_collected_anywhere(
+    fakes: Fakes, digits: list[GreyImage], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    ended, dropped, collected = threading.Event(), threading.Event(), threading.Event()
+    holding = place == "any, while the lock is held"
+
+    def stream(messages: Iterator[pb.StreamClassifyRequest], context: Any) -> Iterator[pb.StreamClassifyResponse]:
+        context.add_callback(ended.set)
+        yield from map(fakes.answer_frames, messages)
+
+    def collect() -> None:
+        gc.collect()
+        collected.set()
+
+    def build_request(pixels: npt.NDArray[np.uint8]) -> pb.ClassifyRequest:
+        if dropped.is_set() and not holding:
+            dropped.clear()
+            collect()
+        return real(pixels)
+
+    def frames() -> Iterator[GreyImage]:
+        yield digits[7]
+        dropped.wait(20)
+        yield from itertools.repeat(digits[7])
+
+    real = _core.build_request
+    monkeypatch.setattr(_ledger, "build_request", build_request)
+    with no_collection(), client.Client(fakes.serve(stream=stream)) as digits_client:
+        kept: list[Any] = [digits_client.stream_classify(frames())]
+        kept.append(kept)  # a cycle, which only a collection can free
+        next(kept[0])
+        [mine] = digits_client._streams
+        lock = mine._lock
+        del kept, mine
+        if holding:
+            # Somebody holds what the stream's own threads need; whoever collects does not wait for them.
+            with lock:
+                collector = threading.Thread(target=collect, daemon=True)
+                collector.start()
+                assert collected.wait(10)
+        dropped.set()
+        assert collected.wait(10)
+        assert ended.wait(10)
+        assert digits_client.classify(digits[7], timeout=5).digit == 7
+
+
+class InGenerators(grpc.StreamStreamClientInterceptor):
+    """Gives a generator in place of a call, as instrumentations do."""
+
+    def intercept_stream_stream(self, continuation: Any, details: Any, requests: Any) -> Any:
+        yield from continuation(details, requests)
+
+
+def test_a_stream_through_an_interceptor_that_gives_a_generator_ends_as_others_do(
+    fakes: Fakes, digits: list[GreyImage]
+) -> None:
+    def never(_: Any, context: Any) -> Iterator[pb.StreamClassifyResponse]:
+        fakes.stopping.wait(20)
+        yield from ()
+
+    with client.Client(fakes.serve(), interceptors=[InGenerators()]) as digits_client:
+        assert len(list(digits_client.stream_classify(digits))) == 20
+        results = digits_client.stream_classify(itertools.repeat(digits[7]))
+        next(results)
+        results.close()
+    with (
+        client.Client(fakes.serve(stream=never), interceptors=[InGenerators()]) as digits_client,
+        pytest.raises(client.DeadlineExceededError, match=r"within 0\.3 s"),
+    ):
+        list(digits_client.stream_classify(digits, timeout=0.3))
 
 
 # client.classify ------------------------------------------------------------
