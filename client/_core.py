@@ -64,11 +64,11 @@ def checked_window(window: int) -> int:
     """The window, if it is one.
 
     Raises:
-        ValueError: it is below 1.
+        ValueError: it is no whole number, or below 1.
     """
-    if window < 1:
-        raise ValueError(f"a window is 1 frame or more, not {window!r}")
-    return window
+    if not isinstance(window, (int, np.integer)) or isinstance(window, bool) or window < 1:
+        raise ValueError(f"a window is a whole number of frames, 1 or more, not {window!r}")
+    return int(window)
 
 
 # Requests -------------------------------------------------------------------
@@ -105,7 +105,7 @@ def quick_bytes(image: Image) -> bytes | None:
 
 def is_quick(image: Image) -> bool:
     """Whether preparing an image takes too little to leave the event loop for it."""
-    return isinstance(image, np.ndarray) and image.size <= 4 * PIXELS
+    return quick_bytes(image) is not None
 
 
 def build_request(pixels: npt.NDArray[np.uint8]) -> pb.ClassifyRequest:
@@ -303,3 +303,4 @@ def not_ready(target: str, timeout: float) -> UnavailableError:
 
 
 CLOSED = "the client is closed; make a new one"
+FORKED = "this stream belongs to the process that this one was forked from; begin another one here"

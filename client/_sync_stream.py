@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import inspect
+import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import grpc
 
-from client import _core
+from client import _core, _fork
 from client._errors import MnistGrpcError
 from client._ledger import FrameLedger, StreamEnd, StreamResult
 from client._types import Image
@@ -54,6 +55,7 @@ class SyncStream:
         self._call: Any = None
 
     def run(self, frames: Iterable[Image]) -> Generator[StreamResult, None, None]:
+        self._process = os.getpid()
         _start("stream-feed", self._feed, frames)
         _start("stream-call", self._converse)
         _start("stream-part", self._part)
@@ -74,6 +76,9 @@ class SyncStream:
             self._wake_all()
 
     def _take(self) -> StreamResult | StreamEnd:
+        if os.getpid() != self._process:  # without the threads, and perhaps with the lock held by one of them
+            _fork.check(asyncio=False)
+            raise RuntimeError(_core.FORKED)
         while True:
             with self._lock:
                 result = self._ledger.take()

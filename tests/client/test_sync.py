@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import subprocess
 import sys
 import threading
@@ -315,6 +316,41 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), client.classify(image,
 """
     process = run_script(script.replace("-W", ""), server_address, digits[7].tobytes().hex())
     assert (process.stdout, process.returncode) == ("7 7\n", 0), process.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_stream_that_was_open_at_a_fork_says_so_in_the_child(server_address: str, digits: list[GreyImage]) -> None:
+    script = """
+import itertools, os, signal, sys
+import numpy as np
+import client
+
+signal.alarm(20)  # survives the fork no more than this
+image = np.frombuffer(bytes.fromhex(sys.argv[2]), np.uint8).reshape(28, 28)
+digits = client.Client(sys.argv[1])
+results = digits.stream_classify(itertools.repeat(image))
+next(results)
+
+def take():
+    try:
+        next(results)
+    except RuntimeError as error:
+        print(error, flush=True)
+
+for action in (take, results.close):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        action()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+print(next(results).digit)
+results.close()
+"""
+    process = run_script(script, server_address, digits[7].tobytes().hex())
+    error, digit = process.stdout.splitlines() or [process.stderr, ""]
+    assert "forked from" in error
+    assert (digit, process.returncode) == ("7", 0), process.stderr
 
 
 def test_a_stream_that_begins_after_closing_says_so(server_address: str, digits: list[GreyImage]) -> None:
