@@ -311,7 +311,8 @@ def test_a_window_that_is_no_whole_number_of_1_or_more_is_refused(
 
 
 def test_a_window_may_be_a_whole_number_of_numpys(connect: Connect, fakes: Fakes, digits: list[GreyImage]) -> None:
-    assert told(connect(fakes.serve()).stream_classify(digits[:3], window=np.int64(2)))  # type: ignore[arg-type] == [0, 1, 2]
+    whole: Any = np.int64(2)
+    assert told(connect(fakes.serve()).stream_classify(digits[:3], window=whole)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
