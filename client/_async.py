@@ -25,7 +25,7 @@ from client import _core, _explain, _fork, _request_id
 from client._async_batch import exchange
 from client._async_gather import AsyncGather
 from client._async_stream import AsyncStream, prepare
-from client._batch import MESSAGES_IN_FLIGHT, Chunks, progress_bar
+from client._batch import MESSAGES_IN_FLIGHT, Chunks, _as_array, progress_bar
 from client._channel import TLS, ChannelSettings, channel_settings, checked_interceptors
 from client._connection import Connection
 from client._errors import MnistGrpcError
@@ -192,6 +192,7 @@ class AsyncClient(Connection):
     ) -> AsyncGenerator[Prediction | MnistGrpcError, None]:
         """See `Client.stream_classify`. `frames` may also be an async iterable."""
         seconds = self._seconds(timeout)
+        _as_array(frames)  # which refuses what is one image
         stream = AsyncStream(self._checked_stub, self.target, seconds, _core.checked_window(window), latest_only)
         self._streams.add(stream)
         return stream.run(frames)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import inspect
+import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
@@ -14,7 +15,7 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
-from client import _core
+from client import _core, _fork
 from client._errors import MnistGrpcError, UnavailableError
 from client._ledger import FrameLedger, StreamEnd, StreamResult
 from client._types import Image
@@ -27,6 +28,7 @@ T = TypeVar("T")
 Call: TypeAlias = "grpc.aio.StreamStreamCall[pb.StreamClassifyRequest, pb.StreamClassifyResponse]"
 
 _NO_MORE: Any = object()
+_FRAMES_A_TURN = 8  # of those that are prepared on the event loop, before others have theirs; 0.2 ms
 _WRITE_FAILED = "Internal error from Core"
 
 
@@ -56,6 +58,7 @@ class AsyncStream:
         self._results = asyncio.Event()  # for `run`
 
     async def run(self, frames: Iterable[Image] | AsyncIterable[Image]) -> AsyncGenerator[StreamResult, None]:
+        self._process = os.getpid()
         tasks = [asyncio.create_task(step) for step in (self._feed(frames), self._converse())]
         try:
             while not isinstance(result := await self._take(), StreamEnd):
@@ -63,9 +66,10 @@ class AsyncStream:
             if result.error is not None:
                 raise result.error
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            if os.getpid() == self._process:  # else they would end a call that the parent's connection carries
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     def abandon(self, error: Exception) -> None:
         """End the stream with an error."""
@@ -73,6 +77,9 @@ class AsyncStream:
         self._wake_all()
 
     async def _take(self) -> StreamResult | StreamEnd:
+        if os.getpid() != self._process:
+            _fork.check(asyncio=False)
+            raise RuntimeError(_core.FORKED)
         while (result := self._ledger.take()) is None:
             self._results.clear()
             with contextlib.suppress(TimeoutError):
@@ -94,8 +101,12 @@ class AsyncStream:
         try:
             if not self._ledger.is_over:
                 source = _as_async(frames)
+                turn = 0
                 while (frame := await anext(source, _NO_MORE)) is not _NO_MORE:
                     await self._prepare(frame)
+                    turn = (turn + 1) % _FRAMES_A_TURN
+                    if turn == 0:
+                        await asyncio.sleep(0)  # nothing above has to wait, where the frames are at hand and canonical
                     if not await self._wait_for_room():
                         break
         except BaseException as error:  # the caller's own; raised where the caller sees it
@@ -220,7 +231,9 @@ def _result(finished: Coroutine[Any, Any, T]) -> T:
 
 async def prepare(image: Image) -> npt.NDArray[np.uint8]:
     """As `_core.prepare`, in a thread where it takes long."""
-    return _core.prepare(image) if _core.is_quick(image) else await asyncio.to_thread(_core.prepare, image)
+    if (pixels := _core.quick_bytes(image)) is not None:
+        return np.frombuffer(pixels, np.uint8)
+    return await asyncio.to_thread(_core.prepare, image)
 
 
 def _as_async(frames: Iterable[Image] | AsyncIterable[Image]) -> AsyncIterator[Image]:

@@ -168,7 +168,7 @@ class Chunks:
 def _as_array(images: Any) -> npt.NDArray[Any] | None:
     """Several images in one array, `[n, h, w]` or `[n, h, w, c]`; None if they are in something else."""
     single = (str, bytes, bytearray, memoryview, os.PathLike, PILImage.Image)
-    if isinstance(images, single) or hasattr(images, "read"):
+    if isinstance(images, single) or _is_file(images):
         raise TypeError(
             f"several images are expected, and this is one ({type(images).__name__}); put it in a list, or use classify"
         )
@@ -183,6 +183,12 @@ def _as_array(images: Any) -> npt.NDArray[Any] | None:
             "put it in a list, or use classify"
         )
     return array
+
+
+def _is_file(images: Any) -> bool:
+    """Whether these would be the lines of a file; what a camera or a film is read with may have a `read`, too."""
+    lines = hasattr(images, "readline")
+    return lines or (hasattr(images, "read") and not hasattr(images, "__iter__") and not hasattr(images, "__aiter__"))
 
 
 def _stack(images: Sequence[Image] | npt.NDArray[Any]) -> npt.NDArray[np.uint8] | None:

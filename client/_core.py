@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import grpc
@@ -64,11 +64,11 @@ def checked_window(window: int) -> int:
     """The window, if it is one.
 
     Raises:
-        ValueError: it is below 1.
+        ValueError: it is no whole number, or below 1.
     """
-    if window < 1:
-        raise ValueError(f"a window is 1 frame or more, not {window!r}")
-    return window
+    if not isinstance(window, (int, np.integer)) or isinstance(window, bool) or window < 1:
+        raise ValueError(f"a window is a whole number of frames, 1 or more, not {window!r}")
+    return int(window)
 
 
 # Requests -------------------------------------------------------------------
@@ -105,7 +105,7 @@ def quick_bytes(image: Image) -> bytes | None:
 
 def is_quick(image: Image) -> bool:
     """Whether preparing an image takes too little to leave the event loop for it."""
-    return isinstance(image, np.ndarray) and image.size <= 4 * PIXELS
+    return quick_bytes(image) is not None
 
 
 def build_request(pixels: npt.NDArray[np.uint8]) -> pb.ClassifyRequest:
@@ -268,6 +268,14 @@ def _error(code: grpc.StatusCode, details: str, message: str) -> MnistGrpcError:
     return raised
 
 
+def end_call(call: Any) -> None:
+    """Cancel a call, or close the generator that an interceptor gave in place of one."""
+    end = getattr(call, "cancel", None) or getattr(call, "close", None)
+    if end is not None:
+        with suppress(ValueError):  # a generator that another thread is in, which only that one can close
+            end()
+
+
 # Readiness ------------------------------------------------------------------
 
 
@@ -304,3 +312,4 @@ def not_ready(target: str, timeout: float) -> UnavailableError:
 
 
 CLOSED = "the client is closed; make a new one"
+FORKED = "this stream belongs to the process that this one was forked from; begin another one here"

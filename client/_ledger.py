@@ -68,6 +68,7 @@ class FrameLedger:
         self._clock = clock
         # Frames, in their order: answered, then these.
         self._answered = 0
+        self._sent = 0  # so many of all frames were handed out in a message, in this call or an earlier one
         self._under_way: deque[npt.NDArray[np.uint8]] = deque()
         self._waiting: deque[npt.NDArray[np.uint8]] = deque()
         self._local: deque[tuple[int, MnistGrpcError]] = deque()  # behind how many added frames, and the error
@@ -102,7 +103,7 @@ class FrameLedger:
 
     def add(self, pixels: npt.NDArray[np.uint8]) -> None:
         """Take the next frame, `uint8[784]`."""
-        self._begin_to_owe()
+        self._begin_to_owe()  # put off once it is handed out, but a call that never comes to that ends, too
         self._waiting.append(pixels)
 
     def fail(self, error: MnistGrpcError) -> None:
@@ -138,9 +139,12 @@ class FrameLedger:
         if not self._waiting or not self.is_open(call):
             return None
         first = self._answered + len(self._under_way)
+        if self._sent <= self._answered and self._lost is None:
+            self._owing_since = self._clock()  # the server owes nothing that it was not asked for
         count = 1 if self._latest_only else min(len(self._waiting), PACKED_FRAMES)
         packed = [self._waiting.popleft() for _ in range(count)]
         self._under_way.extend(packed)
+        self._sent = max(self._sent, first + count)
         return pb.StreamClassifyRequest(
             first_sequence=first, frames=build_request(np.stack(packed)), latest_only=self._latest_only
         )

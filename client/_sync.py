@@ -12,7 +12,7 @@ import grpc
 import PIL.Image
 
 from client import _core, _explain, _fork, _request_id
-from client._batch import MESSAGES_IN_FLIGHT, Chunks, progress_bar
+from client._batch import MESSAGES_IN_FLIGHT, Chunks, _as_array, progress_bar
 from client._channel import TLS, ChannelSettings, channel_settings, checked_interceptors
 from client._connection import Connection
 from client._errors import MnistGrpcError
@@ -296,6 +296,7 @@ class Client(Connection):
                 newer one comes is not read; its result is an `OvertakenError`.
         """
         seconds = self._seconds(timeout)
+        _as_array(frames)  # which refuses what is one image
         stream = SyncStream(self._checked_stub, self.target, seconds, _core.checked_window(window), latest_only)
         with self._opening:
             self._streams.add(stream)
@@ -336,8 +337,7 @@ class Client(Connection):
                 except grpc.RpcError as error:
                     waiting.end_of_call(error)
                 finally:
-                    # A channel that others instrumented may give a generator in place of a call.
-                    (call.cancel if hasattr(call, "cancel") else call.close)()
+                    _core.end_call(call)
                 time.sleep(_core.READY_PAUSE)
 
     def is_serving(self, *, timeout: float | None = None) -> bool:

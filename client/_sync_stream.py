@@ -1,16 +1,19 @@
-"""`Client.stream_classify`, between four threads."""
+"""`Client.stream_classify`, between five threads."""
 
 from __future__ import annotations
 
 import contextvars
 import inspect
+import os
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import grpc
 
-from client import _core
+from client import _core, _fork
 from client._errors import MnistGrpcError
 from client._ledger import FrameLedger, StreamEnd, StreamResult
 from client._types import Image
@@ -24,9 +27,14 @@ class SyncStream:
     """One stream.
 
     A thread of ours prepares frames (`_feed`), another makes calls, one after
-    another if they are lost, and receives answers (`_converse`), one of gRPC's
-    sends what waits (`_messages`), and the caller's takes results (`run`). What
-    they share is the ledger, under one lock.
+    another if they are lost, and receives answers (`_converse`), a third cancels
+    the call when the stream is left (`_part`), one of gRPC's sends what waits
+    (`_messages`), and the caller's takes results (`run`). What they share is the
+    ledger, under one lock.
+
+    A stream that is dropped is left by a collection of garbage: in any thread, at
+    any point, with any lock held, this one's or gRPC's. So leaving takes no lock,
+    waits for nobody and does not touch gRPC; it sets a flag and rings bells.
     """
 
     def __init__(
@@ -36,27 +44,30 @@ class SyncStream:
         self._target = target
         self._timeout = timeout
         self._ledger = FrameLedger(target, timeout, window, latest_only)
-        # Reentrant, as a collection of garbage may leave a stream in the middle of another one's work, or of its own.
+        # Reentrant, as a collection of garbage may close a client, and so abandon its streams, in the middle of a step.
         self._lock = threading.RLock()
-        self._room = threading.Condition(self._lock)  # for `_feed`
-        self._frames = threading.Condition(self._lock)  # for `_messages` and `_converse`
-        self._results = threading.Condition(self._lock)  # for `run`
+        self._room = _Bell()  # for `_feed`
+        self._calling = _Bell()  # for `_converse`
+        self._sending = _Bell()  # for `_messages` of the newest call
+        self._results = _Bell()  # for `run`
+        self._leaving = _Bell()  # for `_part`
         self._left = False
         self._call: Any = None
-        self._in_source = False  # whether the feeder is where only the caller's iterable can bring it back from
 
     def run(self, frames: Iterable[Image]) -> Generator[StreamResult, None, None]:
-        feeder = _thread("stream-feed", self._feed, frames)
-        caller = _thread("stream-call", self._converse)
-        feeder.start()
-        caller.start()
+        self._process = os.getpid()
+        _start("stream-feed", self._feed, frames)
+        _start("stream-call", self._converse)
+        _start("stream-part", self._part)
         try:
             while not isinstance(result := self._take(), StreamEnd):
                 yield result
             if result.error is not None:
                 raise result.error
         finally:
-            self._leave(feeder, caller)
+            self._left = True
+            self._wake_all()
+            self._leaving.ring()
 
     def abandon(self, error: Exception) -> None:
         """End the stream with an error."""
@@ -65,29 +76,30 @@ class SyncStream:
             self._wake_all()
 
     def _take(self) -> StreamResult | StreamEnd:
-        with self._lock:
-            while (result := self._ledger.take()) is None:
-                self._results.wait(self._ledger.seconds_left())
-            if self._ledger.is_short:
-                self._room.notify()
-            return result
+        if os.getpid() != self._process:  # without the threads, and perhaps with the lock held by one of them
+            _fork.check(asyncio=False)
+            raise RuntimeError(_core.FORKED)
+        while True:
+            with self._lock:
+                result = self._ledger.take()
+                seconds = self._ledger.seconds_left()
+                is_short = self._ledger.is_short
+            if result is not None:
+                break
+            self._results.wait(seconds)
+        if is_short:
+            self._room.ring()
+        return result
 
-    def _leave(self, feeder: threading.Thread, caller: threading.Thread) -> None:
+    def _part(self) -> None:
+        self._leaving.wait()
         with self._lock:
-            self._left = True
-            self._wake_all()
             call = self._call
-            blocked = self._in_source
-        if call is not None:
-            call.cancel()
-        for thread in (caller,) if blocked else (caller, feeder):
-            if thread is not threading.current_thread():
-                thread.join()
+        _core.end_call(call)
 
     def _wake_all(self) -> None:
-        self._room.notify_all()
-        self._frames.notify_all()
-        self._results.notify_all()
+        for bell in (self._room, self._calling, self._sending, self._results):
+            bell.ring()
 
     # Frames.
 
@@ -95,11 +107,11 @@ class SyncStream:
         failed: BaseException | None = None
         source: Any = None
         try:
-            if self._enter_source():
+            if self._wait_for_room():
                 source = iter(frames)
                 while (frame := next(source, _NO_MORE)) is not _NO_MORE:
                     self._prepare(frame)
-                    if not self._enter_source():
+                    if not self._wait_for_room():
                         break
         except BaseException as error:  # the caller's own; raised where the caller sees it
             failed = error
@@ -109,13 +121,13 @@ class SyncStream:
         if inspect.isgenerator(source):
             source.close()  # by this thread, as no other can while this one is in it
 
-    def _enter_source(self) -> bool:
+    def _wait_for_room(self) -> bool:
         """Wait until a frame is wanted; return whether one is."""
-        with self._lock:
-            self._in_source = False
-            self._room.wait_for(lambda: self._ledger.has_room or self._is_over)
-            self._in_source = not self._is_over
-            return self._in_source
+        while True:
+            with self._lock:
+                if self._is_over or self._ledger.has_room:
+                    return not self._is_over
+            self._room.wait()
 
     def _prepare(self, frame: Image) -> None:
         try:
@@ -123,75 +135,106 @@ class SyncStream:
         except MnistGrpcError as error:
             with self._lock:
                 self._ledger.fail(error)
-                self._results.notify()
+            self._results.ring()
         else:
             with self._lock:
                 self._ledger.add(pixels)
-                self._frames.notify_all()
+                sending = self._sending
+            sending.ring()
+            self._calling.ring()
 
     # Calls.
 
     def _converse(self) -> None:
         try:
             while (number := self._next_call()) is not None:
-                pause = self._speak(number)
-                with self._lock:
-                    self._frames.wait_for(lambda: self._is_over, pause)
+                self._pause(self._speak(number))
         except Exception as error:
             self.abandon(error)
 
+    def _pause(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self._is_over and (left := until - time.monotonic()) > 0:
+            self._calling.wait(left)
+
     def _next_call(self) -> int | None:
         """Wait until a call is wanted; return its number, None if there will be no more."""
-        with self._lock:
-            self._frames.wait_for(lambda: self._ledger.wants_call or self._is_over)
-            if self._is_over:
-                return None
-            number = self._ledger.begin_call()
-            self._results.notify()  # frames that were overtaken
-            return number
+        while True:
+            with self._lock:
+                if self._is_over:
+                    return None
+                if self._ledger.wants_call:
+                    number = self._ledger.begin_call()
+                    break
+            self._calling.wait()
+        self._results.ring()  # frames that were overtaken
+        return number
 
     def _speak(self, number: int) -> float:
         """Make a call; return for how many seconds not to make another one."""
-        call = self._open_stub().StreamClassify(self._messages(number))
+        sending = _Bell()  # of its own, as gRPC's thread of the call before may still be there to hear it
+        with self._lock:
+            self._sending = sending
+        call = self._open_stub().StreamClassify(self._messages(number, sending))
         with self._lock:
             self._call = call
-            left = self._left
-        if left:
-            call.cancel()
         try:
-            for response in call:
-                with self._lock:
-                    self._ledger.receive(number, response)
-                    self._results.notify()
+            # Left before `_call` was there for `_part` to see, or a generator, which only this thread can close.
+            if not self._left:
+                for response in call:
+                    with self._lock:
+                        self._ledger.receive(number, response)
+                    self._results.ring()
+                    if self._left:
+                        break
             with self._lock:
                 self._ledger.end_call(number)
-                self._wake_all()
-                return 0.0
+            return 0.0
         except grpc.RpcError as error:
             lost = _core.error_of_call(error, self._target, self._timeout)
             with self._lock:
-                pause = self._ledger.lose_call(number, lost)
-                self._wake_all()
-                return pause
+                return self._ledger.lose_call(number, lost)
+        finally:
+            _core.end_call(call)
+            self._wake_all()
 
-    def _messages(self, number: int) -> Iterator[pb.StreamClassifyRequest]:
-        while (message := self._next_message(number)) is not None:
+    def _messages(self, number: int, sending: _Bell) -> Iterator[pb.StreamClassifyRequest]:
+        while (message := self._next_message(number, sending)) is not None:
             yield message
 
-    def _next_message(self, number: int) -> pb.StreamClassifyRequest | None:
-        with self._lock:
-            while (message := self._ledger.next_message(number)) is None:
+    def _next_message(self, number: int, sending: _Bell) -> pb.StreamClassifyRequest | None:
+        while True:
+            with self._lock:
+                if (message := self._ledger.next_message(number)) is not None:
+                    return message
                 if self._left or not self._ledger.sends_more(number):
                     return None
-                self._frames.wait()
-            return message
+            sending.wait()
 
     @property
     def _is_over(self) -> bool:
         return self._left or self._ledger.is_over
 
 
-def _thread(name: str, target: Callable[..., None], *arguments: Any) -> threading.Thread:
-    """A thread that sees the context variables of the caller, as interceptors of gRPC do."""
+class _Bell:
+    """Wakes the one thread that waits for it, or will; ringing never waits, so that it may be done anywhere.
+
+    Not a Condition or an Event: to notify they take a lock, which may be held where a collection of garbage begins.
+    """
+
+    def __init__(self) -> None:
+        self._silence = threading.Lock()
+        self._silence.acquire()
+
+    def ring(self) -> None:
+        with suppress(RuntimeError):  # it was rung, and nobody has heard it yet
+            self._silence.release()
+
+    def wait(self, seconds: float | None = None) -> None:
+        self._silence.acquire(timeout=-1 if seconds is None else min(max(seconds, 0), threading.TIMEOUT_MAX))
+
+
+def _start(name: str, target: Callable[..., None], *arguments: Any) -> None:
+    """Start a thread that sees the context variables of the caller, as interceptors of gRPC do."""
     context = contextvars.copy_context()
-    return threading.Thread(target=context.run, args=(target, *arguments), name=name, daemon=True)
+    threading.Thread(target=context.run, args=(target, *arguments), name=name, daemon=True).start()

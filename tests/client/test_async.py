@@ -7,6 +7,7 @@ import gc
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 from PIL import Image
 
 import client
+from client import _core
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 
 if TYPE_CHECKING:
@@ -49,6 +51,14 @@ def told(result: client.Prediction | client.MnistGrpcError) -> int | str:
 
 async def happens(event: threading.Event) -> None:
     assert await asyncio.to_thread(event.wait, 10), "it did not happen"
+
+
+def sevens(message: pb.StreamClassifyRequest) -> pb.StreamClassifyResponse:
+    """Read a 7 in whatever was sent."""
+    count = len(message.frames.pixels) // 784
+    result = pb.ClassifyResponse(digits=[7] * count, probabilities=[0.1] * 10 * count)
+    block = pb.FrameBlock(first_sequence=message.first_sequence, frame_count=count, result=result)
+    return pb.StreamClassifyResponse(blocks=[block])
 
 
 async def test_tasks_may_share_a_client(server_address: str, digits: list[GreyImage]) -> None:
@@ -134,6 +144,48 @@ async def test_the_event_loop_goes_on_while_a_synchronous_source_waits(fakes: Fa
 
     async with client.AsyncClient(fakes.serve()) as digits_client:
         assert [told(result) async for result in digits_client.stream_classify(frames())] == [7]
+
+
+async def test_frames_that_take_long_to_prepare_are_prepared_in_threads(
+    fakes: Fakes, digits: list[GreyImage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: set[threading.Thread] = set()
+
+    def prepare(image: Any) -> Any:
+        threads.add(threading.current_thread())
+        return real(image)
+
+    real = _core.prepare
+    monkeypatch.setattr(_core, "prepare", prepare)
+    large = np.kron(digits[7], np.ones((2, 2), np.uint8))
+    async with client.AsyncClient(fakes.serve(stream=lambda messages, _: map(sevens, messages))) as digits_client:
+        results = digits_client.stream_classify([digits[7], 255 - digits[7], large])
+        assert [told(result) async for result in results] == [7, 7, 7]
+    assert threads
+    assert threading.current_thread() not in threads
+
+
+async def test_a_stream_gives_way_to_the_loop_every_few_frames(fakes: Fakes, digits: list[GreyImage]) -> None:
+    class Frames(list[GreyImage]):
+        def __iter__(self) -> Iterator[GreyImage]:
+            for number in range(200):
+                asked_at.append(turns)
+                yield digits[number % 20]
+
+    asked_at: list[int] = []
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async with client.AsyncClient(fakes.serve()) as digits_client:
+        counting = asyncio.create_task(count())
+        assert len([result async for result in digits_client.stream_classify(Frames(), window=200)]) == 200
+        counting.cancel()
+    assert max(Counter(asked_at).values()) <= 20, "so many frames in one turn of the loop"
 
 
 async def test_the_event_loop_goes_on_while_a_batch_is_prepared(fakes: Fakes, digits: list[GreyImage]) -> None:

@@ -219,9 +219,19 @@ def test_health_messages_are_what_protobuf_would_write() -> None:
     assert [_core.is_serving(answer) for answer in answers] == [False, True, False, False]
 
 
+CANONICAL = np.zeros((28, 28), np.uint8)
+CANONICAL[4:24, 13:16] = 255
+
+
 @pytest.mark.parametrize(
     ("image", "quick"),
-    [(np.zeros((28, 28), np.uint8), True), (np.zeros((280, 280), np.uint8), False), ("digit.png", False)],
+    [
+        (CANONICAL, True),
+        (255 - CANONICAL, False),
+        (CANONICAL.astype(np.float64), False),
+        (np.zeros((56, 56), np.uint8), False),
+        ("digit.png", False),
+    ],
 )
-def test_only_small_arrays_are_prepared_on_the_event_loop(image: Any, quick: bool) -> None:
+def test_only_canonical_arrays_are_prepared_on_the_event_loop(image: Any, quick: bool) -> None:
     assert _core.is_quick(image) is quick

@@ -514,6 +514,41 @@ def test_the_timeout_runs_while_an_answer_is_owed() -> None:
     assert ledger.seconds_left() == 10
 
 
+def test_the_timeout_begins_when_a_frame_is_handed_out_and_not_when_it_came() -> None:
+    clock = Clock()
+    ledger = make(clock=clock)
+    call = ledger.begin_call()
+    ledger.add(frame(0))
+    clock.now += 9
+    assert ledger.next_message(call) is not None
+    assert ledger.seconds_left() == 10
+    ledger.add(frame(1))
+    clock.now += 4
+    assert ledger.next_message(call) is not None
+    assert ledger.seconds_left() == 6, "the first frame was handed out before"
+
+
+def test_a_frame_that_is_never_handed_out_is_not_waited_for_for_ever() -> None:
+    clock = Clock()
+    ledger = make(clock=clock)
+    ledger.begin_call()
+    ledger.add(frame(0))
+    clock.now += 10
+    assert isinstance(ledger.take(), StreamEnd)
+
+
+def test_a_frame_that_is_handed_out_again_is_owed_since_the_first_time() -> None:
+    clock = Clock()
+    ledger = make(clock=clock)
+    call = ledger.begin_call()
+    ledger.add(frame(0))
+    ledger.next_message(call)
+    clock.now += 4
+    ledger.lose_call(call, error())
+    assert ledger.next_message(ledger.begin_call()) is not None
+    assert ledger.seconds_left() == 6
+
+
 def test_silence_is_a_deadline_that_passed() -> None:
     clock = Clock()
     ledger = make(clock=clock)

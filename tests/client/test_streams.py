@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -299,13 +301,30 @@ def test_what_is_no_generator_is_left_as_it_is(connect: Connect, server_address:
     assert not film.closed
 
 
-@pytest.mark.parametrize("window", [0, -1])
-def test_a_window_without_room_is_refused(
-    connect: Connect, server_address: str, digits: list[GreyImage], start: Callable[..., Running], window: int
+@pytest.mark.parametrize("window", [0, -1, 2.5, float("nan"), float("inf"), True, "x", None])
+def test_a_window_that_is_no_whole_number_of_1_or_more_is_refused(
+    connect: Connect, fakes: Fakes, digits: list[GreyImage], start: Callable[..., Running], window: Any
 ) -> None:
-    twin = connect(server_address)
-    with pytest.raises(ValueError, match=r"window.*1"):
+    twin = connect(fakes.serve())
+    with pytest.raises(ValueError, match=rf"window.*1 or more, not {window!r}$"):
         start(lambda: list(twin.stream_classify(digits, window=window))).result(within=3)
+
+
+def test_a_window_may_be_a_whole_number_of_numpys(connect: Connect, fakes: Fakes, digits: list[GreyImage]) -> None:
+    whole: Any = np.int64(2)
+    assert told(connect(fakes.serve()).stream_classify(digits[:3], window=whole)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "image", ["7.png", b"abc", Path("7.png"), io.BytesIO(b"abc"), np.zeros((28, 28), np.uint8)], ids=type
+)
+def test_one_image_is_not_taken_for_frames(connect: Connect, fakes: Fakes, image: Any) -> None:
+    with pytest.raises(TypeError, match=r"several images are expected, .* put it in a list"):
+        connect(fakes.serve()).stream_classify(image)
+
+
+def test_an_array_of_images_is_frames(connect: Connect, fakes: Fakes, digits: list[GreyImage]) -> None:
+    assert told(connect(fakes.serve()).stream_classify(np.stack(digits[:3]))) == [0, 1, 2]
 
 
 # The end --------------------------------------------------------------------

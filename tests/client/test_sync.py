@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ import numpy.typing as npt
 import pytest
 
 import client
+from client import _core, _ledger
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 
 if TYPE_CHECKING:
@@ -138,6 +140,79 @@ def test_a_stream_may_be_closed_from_another_thread(server_address: str, digits:
         assert not closer.is_alive()
 
 
+@pytest.mark.parametrize("place", ["the thread that sends", "any, while the lock is held"])
+def test_a_dropped_stream_may_be_collected_anywhere(
+    fakes: Fakes, digits: list[GreyImage], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    ended, dropped, collected = threading.Event(), threading.Event(), threading.Event()
+    holding = place == "any, while the lock is held"
+
+    def stream(messages: Iterator[pb.StreamClassifyRequest], context: Any) -> Iterator[pb.StreamClassifyResponse]:
+        context.add_callback(ended.set)
+        yield from map(fakes.answer_frames, messages)
+
+    def collect() -> None:
+        gc.collect()
+        collected.set()
+
+    def build_request(pixels: npt.NDArray[np.uint8]) -> pb.ClassifyRequest:
+        if dropped.is_set() and not holding:
+            dropped.clear()
+            collect()
+        return real(pixels)
+
+    def frames() -> Iterator[GreyImage]:
+        yield digits[7]
+        dropped.wait(20)
+        yield from itertools.repeat(digits[7])
+
+    real = _core.build_request
+    monkeypatch.setattr(_ledger, "build_request", build_request)
+    with no_collection(), client.Client(fakes.serve(stream=stream)) as digits_client:
+        kept: list[Any] = [digits_client.stream_classify(frames())]
+        kept.append(kept)  # a cycle, which only a collection can free
+        next(kept[0])
+        [mine] = digits_client._streams
+        lock = mine._lock
+        del kept, mine
+        if holding:
+            # Somebody holds what the stream's own threads need; whoever collects does not wait for them.
+            with lock:
+                collector = threading.Thread(target=collect, daemon=True)
+                collector.start()
+                assert collected.wait(10)
+        dropped.set()
+        assert collected.wait(10)
+        assert ended.wait(10)
+        assert digits_client.classify(digits[7], timeout=5).digit == 7
+
+
+class InGenerators(grpc.StreamStreamClientInterceptor):
+    """Gives a generator in place of a call, as instrumentations do."""
+
+    def intercept_stream_stream(self, continuation: Any, details: Any, requests: Any) -> Any:
+        yield from continuation(details, requests)
+
+
+def test_a_stream_through_an_interceptor_that_gives_a_generator_ends_as_others_do(
+    fakes: Fakes, digits: list[GreyImage]
+) -> None:
+    def never(_: Any, context: Any) -> Iterator[pb.StreamClassifyResponse]:
+        fakes.stopping.wait(20)
+        yield from ()
+
+    with client.Client(fakes.serve(), interceptors=[InGenerators()]) as digits_client:
+        assert len(list(digits_client.stream_classify(digits))) == 20
+        results = digits_client.stream_classify(itertools.repeat(digits[7]))
+        next(results)
+        results.close()
+    with (
+        client.Client(fakes.serve(stream=never), interceptors=[InGenerators()]) as digits_client,
+        pytest.raises(client.DeadlineExceededError, match=r"within 0\.3 s"),
+    ):
+        list(digits_client.stream_classify(digits, timeout=0.3))
+
+
 # client.classify ------------------------------------------------------------
 
 
@@ -241,6 +316,41 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), client.classify(image,
 """
     process = run_script(script.replace("-W", ""), server_address, digits[7].tobytes().hex())
     assert (process.stdout, process.returncode) == ("7 7\n", 0), process.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_stream_that_was_open_at_a_fork_says_so_in_the_child(server_address: str, digits: list[GreyImage]) -> None:
+    script = """
+import itertools, os, signal, sys
+import numpy as np
+import client
+
+signal.alarm(20)  # survives the fork no more than this
+image = np.frombuffer(bytes.fromhex(sys.argv[2]), np.uint8).reshape(28, 28)
+digits = client.Client(sys.argv[1])
+results = digits.stream_classify(itertools.repeat(image))
+next(results)
+
+def take():
+    try:
+        next(results)
+    except RuntimeError as error:
+        print(error, flush=True)
+
+for action in (take, results.close):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        action()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+print(next(results).digit)
+results.close()
+"""
+    process = run_script(script, server_address, digits[7].tobytes().hex())
+    error, digit = process.stdout.splitlines() or [process.stderr, ""]
+    assert "forked from" in error
+    assert (digit, process.returncode) == ("7", 0), process.stderr
 
 
 def test_a_stream_that_begins_after_closing_says_so(server_address: str, digits: list[GreyImage]) -> None:
