@@ -48,7 +48,7 @@ def numbers(message: pb.StreamClassifyRequest) -> list[int]:
 
 def answer(first: int, *frames: int) -> pb.StreamClassifyResponse:
     """One block of answers whose probabilities tell which frames they are for."""
-    probabilities = [float(number) for number in frames for _ in range(10)]
+    probabilities = [number / 1024 for number in frames for _ in range(10)]
     result = pb.ClassifyResponse(digits=[number % 10 for number in frames], probabilities=probabilities)
     return pb.StreamClassifyResponse(
         blocks=[pb.FrameBlock(first_sequence=first, frame_count=len(frames), result=result)]
@@ -57,7 +57,7 @@ def answer(first: int, *frames: int) -> pb.StreamClassifyResponse:
 
 def told(result: Any) -> Any:
     """The number of the frame that an answer is for; an error, or the end, as it is."""
-    return int(result.probabilities[0]) if isinstance(result, client.Prediction) else result
+    return round(1024 * float(result.probabilities[0])) if isinstance(result, client.Prediction) else result
 
 
 def error(code: str = "UNAVAILABLE") -> client.MnistGrpcError:
