@@ -25,7 +25,8 @@ from typing import Any, Protocol
 import grpc
 
 SETTLE_SECONDS = 0.05
-"""Before a fork with grpcio below 1.57, which in 4 of 10 forks right after a call waited for a thread of its own that
+"""Before a fork right after a channel was closed, whose threads are still ending: of 36 children made then one hung.
+And before each with grpcio below 1.57, which in 4 of 10 forks right after a call waited for a thread of its own that
 waited for the forking one; with 0.02 s between in none."""
 
 _INSTEAD = 'start the process with multiprocessing\'s "spawn", or fork before the first call'
@@ -44,6 +45,7 @@ _watching = False
 _used_asyncio = False
 _was_busy = False
 _refusal: str | None = None
+_closed_at = -SETTLE_SECONDS
 
 
 def watch(forkable: Forkable) -> None:
@@ -58,6 +60,12 @@ def watch(forkable: Forkable) -> None:
 def in_child(function: Callable[[], None]) -> None:
     """Call this, too, in each child process of one that made a client."""
     _functions.append(function)
+
+
+def closed() -> None:
+    """A channel was closed."""
+    global _closed_at
+    _closed_at = time.monotonic()
 
 
 def leave_to_parent(thing: Any) -> None:
@@ -81,7 +89,7 @@ def check(*, asyncio: bool) -> None:
 def _before() -> None:
     """In the parent."""
     global _was_busy
-    if grpc_version() < (1, 57):
+    if grpc_version() < (1, 57) or time.monotonic() - _closed_at < SETTLE_SECONDS:
         time.sleep(SETTLE_SECONDS)
     _was_busy = _threads_are_in_grpc()
 

@@ -131,6 +131,7 @@ class Client(Connection):
         if opened is not None:
             opened.gather.close()
             opened.router.close()
+            _fork.closed()
 
     @property
     def _stub(self) -> DigitClassifierStub:
