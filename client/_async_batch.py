@@ -60,8 +60,7 @@ async def exchange(
             if not sent:
                 break
             chunk, under_way = sent.popleft()
-            if os.getpid() != process:
-                raise RuntimeError(_fork.FORKED_MEANWHILE)
+            _fork.check_process(process)
             try:
                 with _request_id.bound(request_id), call():
                     response = await under_way

@@ -77,9 +77,7 @@ class AsyncStream:
         self._wake_all()
 
     async def _take(self) -> StreamResult | StreamEnd:
-        if os.getpid() != self._process:
-            _fork.check(asyncio=False)
-            raise RuntimeError(_core.FORKED)
+        _fork.check_process(self._process)
         while (result := self._ledger.take()) is None:
             self._results.clear()
             with contextlib.suppress(TimeoutError):

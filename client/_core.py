@@ -312,4 +312,3 @@ def not_ready(target: str, timeout: float) -> UnavailableError:
 
 
 CLOSED = "the client is closed; make a new one"
-FORKED = "this stream belongs to the process that this one was forked from; begin another one here"

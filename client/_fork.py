@@ -31,7 +31,7 @@ waited for the forking one; with 0.02 s between in none."""
 
 _INSTEAD = 'start the process with multiprocessing\'s "spawn", or fork before the first call'
 
-FORKED_MEANWHILE = f"this process was forked while its parent read on; what it began is its parent's; {_INSTEAD}"
+FORKED = "what was begun before the fork belongs to the process that this one was forked from; begin it anew here"
 
 
 class Forkable(Protocol):
@@ -84,6 +84,17 @@ def check(*, asyncio: bool) -> None:
     if _refusal is not None:
         raise RuntimeError(_refusal)
     _used_asyncio |= asyncio
+
+
+def check_process(process: int) -> None:
+    """Before more is taken of what the process of that number began.
+
+    Raises:
+        RuntimeError: it was another one.
+    """
+    if os.getpid() != process:
+        check(asyncio=False)
+        raise RuntimeError(FORKED)
 
 
 def _before() -> None:

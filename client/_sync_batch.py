@@ -53,8 +53,7 @@ def exchange(
             if not sent:
                 break
             chunk, under_way = sent[0]
-            if os.getpid() != process:
-                raise RuntimeError(_fork.FORKED_MEANWHILE)
+            _fork.check_process(process)
             try:
                 with _request_id.bound(request_id), call():
                     response = under_way.result()

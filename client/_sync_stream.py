@@ -76,9 +76,7 @@ class SyncStream:
             self._wake_all()
 
     def _take(self) -> StreamResult | StreamEnd:
-        if os.getpid() != self._process:  # without the threads, and perhaps with the lock held by one of them
-            _fork.check(asyncio=False)
-            raise RuntimeError(_core.FORKED)
+        _fork.check_process(self._process)  # a child has none of the threads, and perhaps the lock that one held
         while True:
             with self._lock:
                 result = self._ledger.take()
