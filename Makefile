@@ -40,7 +40,7 @@ train: $(VENV)/.train
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench $(ARGS)
 
-# The client's tests at both ends of the versions that pyproject.toml claims.
+# The client's tests with the oldest versions that pyproject.toml claims.
 client-range: $(VENV)/.dev
 	scripts/client-range $(BIN)/python
 

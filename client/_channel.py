@@ -10,7 +10,7 @@ import ipaddress
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -175,6 +175,8 @@ def _addresses(target: str | Sequence[str] | None) -> list[str]:
     if target is None or target == "":
         target = os.environ.get(TARGET_VARIABLE) or DEFAULT_TARGET
     given = target.split(",") if isinstance(target, str) and not _scheme(target) else target
+    if not isinstance(given, Iterable) or isinstance(given, bytes):
+        raise TypeError(f"a target is text such as 'localhost:{DEFAULT_PORT}', or a list of them, not {target!r}")
     several = [given] if isinstance(given, str) else list(given)
     if not several:
         raise ValueError("no target: the list of servers is empty; give one host:port or more")
@@ -204,10 +206,25 @@ def _address(text: str) -> str:
     if not text or re.search(r"\s", text):
         raise ValueError(f"a target is host:port, for example {DEFAULT_TARGET!r}, not {text!r}")
     scheme = _scheme(text)
+    if scheme in ("ipv4", "ipv6"):
+        return f"{scheme}:" + ",".join(_literal(each, scheme, text) for each in text.partition(":")[2].split(","))
     if scheme not in (None, "dns"):
         return text
     prefix, name = ("", text) if scheme is None else _dns_parts(text)
     return prefix + _with_port(name, text)
+
+
+def _literal(address: str, scheme: str, text: str) -> str:
+    """An address in numbers, with its port, of a target with this scheme."""
+    with_port = _with_port(address, text)
+    host = with_port.rpartition(":")[0].strip("[]")
+    try:
+        version = ipaddress.ip_address(host).version
+    except ValueError:
+        version = None
+    if scheme != f"ipv{version}":
+        raise ValueError(f"after {scheme}: comes an IPv{scheme[-1]} address and its port, not {host!r} as in {text!r}")
+    return with_port
 
 
 def _dns_parts(text: str) -> tuple[str, str]:

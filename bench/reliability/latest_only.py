@@ -33,8 +33,6 @@ PATIENT = 5
 """Messages before the first that wants the latest only: they are answered, however late."""
 PLACES = {"in a thread": 40, "on the event loop": 1}
 """Frames of a message, and where a batch of so many is computed."""
-LAG_LIMIT = 1.0
-"""Seconds. All messages in turn would take nine."""
 ABORTED = 10
 
 
@@ -61,7 +59,6 @@ def run(report: Report, *, messages: int = 300) -> None:
             dropped = server.gauge("mnist_grpc_frames_dropped_total")
             report.require(dropped == len(video.told) * (frames + 1), f"the metric of dropped frames is {dropped:g}")
             report.require(len(video.told) > len(video.lags), "most messages are overtaken")
-            report.require(lags.p(100) < LAG_LIMIT, f"the newest frame is answered within {LAG_LIMIT:g} s")
             check_health(report, server)
 
 

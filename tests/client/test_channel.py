@@ -55,6 +55,8 @@ def servers(*target: Any, **options: Any) -> tuple[str, ...]:
         ("unix:/run/digits.sock", "unix:/run/digits.sock"),
         ("unix:///run/digits.sock", "unix:///run/digits.sock"),
         ("ipv4:10.0.0.1:1,10.0.0.2:2", "ipv4:10.0.0.1:1,10.0.0.2:2"),
+        ("ipv4:10.0.0.1", "ipv4:10.0.0.1:50051"),
+        ("ipv6:[::1]:1,::2", "ipv6:[::1]:1,[::2]:50051"),
         ("  localhost:1234\n", "localhost:1234"),
         (["one", "two:2"], "one:50051,two:2"),
         ("one, two:2", "one:50051,two:2"),
@@ -84,6 +86,11 @@ def test_a_target_means_what_one_expects(kind: Callable[..., Any], given: Any, m
         (":50051", "port from 1 to 65535"),
         ("localhost/path", "port from 1 to 65535"),
         ("fe80::nonsense:1", "in brackets"),
+        ("ipv4:digits:1", "after ipv4: comes an IPv4 address and its port, not 'digits'"),
+        ("ipv4:[::1]:1", "after ipv4: comes an IPv4 address"),
+        ("ipv6:10.0.0.1:1", "after ipv6: comes an IPv6 address"),
+        ("ipv4:10.0.0.1:0", "port from 1 to 65535"),
+        ("ipv4:", "port from 1 to 65535"),
     ],
 )
 @pytest.mark.parametrize("kind", KINDS)
@@ -92,9 +99,10 @@ def test_a_target_that_is_none_is_refused_with_the_rule(kind: Callable[..., Any]
         kind(given)
 
 
-def test_a_target_is_text() -> None:
+@pytest.mark.parametrize("given", [50051, [50051], b"localhost"])
+def test_a_target_is_text(given: Any) -> None:
     with pytest.raises(TypeError, match="a target is text"):
-        client.Client([50051])  # type: ignore[list-item]
+        client.Client(given)
 
 
 def test_the_environment_may_name_several(monkeypatch: pytest.MonkeyPatch) -> None:
