@@ -7,7 +7,8 @@ parted into connected pieces, and those that make up the digit are chosen.
 
 Whether the ink is darker or brighter than the paper, and above which strength
 it begins, is not decided beforehand: each combination gives a choice of pieces,
-and the choice that looks most like one written digit is taken.
+and the choice that looks most like one written digit is taken. Plain pictures
+need none of that (`digits.plain`).
 
 Knows nothing of files, of canonical pixels or of what digits look like.
 """
@@ -77,6 +78,7 @@ class _Choice:
 
 def find_ink(grey: Grey) -> Ink | None:
     """Find the digit in a grey picture `uint8[h, w]`; None if there is no ink in it."""
+    # A small plain picture is not enlarged, which only the search needs.
     if max(grey.shape) <= WORKING_SIDE and (ink := find_plain_ink(grey)) is not None:
         return ink
     # Of a picture and its negative the one is looked at in which the ink seems bright, so that both give the same.
@@ -87,6 +89,7 @@ def find_ink(grey: Grey) -> Ink | None:
 
 
 def _find_ink(grey: Grey) -> Ink | None:
+    """The same, in which ink that is bright is looked for first."""
     scaled = to_working_side(grey)
     scale = max(grey.shape) / max(scaled.shape)
     small = SMALL * max(scaled.shape) if scale > 1.3 else 0
