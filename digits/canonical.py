@@ -62,6 +62,15 @@ def center_of_mass(pixels: npt.NDArray[np.uint8]) -> tuple[float, float]:
     return rows / ink, columns / ink
 
 
+def may_be_canonical(grey: npt.NDArray[np.uint8]) -> bytes | None:
+    """As `canonical_bytes`, but at a glance: the bytes of all that are canonical and of few others."""
+    if grey.shape != _SHAPE:
+        return None
+    by_row = grey.tobytes()
+    bright = b"\xff" in by_row or b"\xfe" in by_row
+    return by_row if bright and _extent(by_row) <= CANONICAL_SIDES[-1] else None
+
+
 def are_canonical(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
     """Which of the grey images `uint8[n, 28, 28]` are as MNIST's; decides as `is_canonical`. `bool[n]`."""
     count = len(pixels)
