@@ -18,6 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from digits import morphology, preprocessing, segmentation
+from digits.ink import Ink, box_of
 from digits.preprocessing import INK_SIDE, SIDE, to_pixels
 
 Grey: TypeAlias = npt.NDArray[np.uint8]
@@ -44,7 +45,7 @@ def crop_and_center(grey: Grey) -> Grey:
     ink = np.where(grey > threshold, grey, 0).astype(np.uint8)
     if not ink.any():
         return np.zeros((SIDE, SIDE), np.uint8)
-    top, bottom, left, right = segmentation.box_of(ink > 0)
+    top, bottom, left, right = box_of(ink > 0)
     image = Image.fromarray(ink[top:bottom, left:right])
     scale = INK_SIDE / max(image.size)
     box = np.asarray(
@@ -75,6 +76,10 @@ PLAINER: dict[str, Way] = {
 # Steps left out -------------------------------------------------------------
 
 
+def _nothing_is_plain(grey: Grey) -> None:
+    """Every picture is searched."""
+
+
 def _above_the_darkest(grey: Grey, window: int) -> Grey:
     """In place of `ink_strength`: the same paper everywhere."""
     above: Grey = grey - grey.min()
@@ -82,11 +87,9 @@ def _above_the_darkest(grey: Grey, window: int) -> Grey:
 
 
 def _everything(choose: Callable[..., Any]) -> Callable[..., Any]:
-    def chosen(
-        grey: Grey, strength: Grey, is_dark: bool, window: int, is_scan: bool, threshold: int, weight: float
-    ) -> Any:
-        choice = choose(grey, strength, is_dark, window, is_scan, threshold, weight)
-        return choice and dataclasses.replace(choice, mask=strength > threshold)
+    def chosen(view: Any, threshold: int, weight: float) -> Any:
+        choice = choose(view, threshold, weight)
+        return choice and dataclasses.replace(choice, mask=view.strength > threshold)
 
     return chosen
 
@@ -96,14 +99,14 @@ def _nothing_is_clutter(parts: Any, heights: Any, widths: Any) -> npt.NDArray[np
 
 
 def _one_polarity(choices: Callable[..., Any]) -> Callable[..., Any]:
-    def those_of_bright_ink(grey: Grey, is_dark: bool, window: int, is_scan: bool) -> Any:
-        return [] if is_dark else choices(grey, is_dark, window, is_scan)
+    def those_of_bright_ink(view: Any) -> Any:
+        return [] if view.is_dark else choices(view)
 
     return those_of_bright_ink
 
 
-def _hard_edges(ink: segmentation.Ink) -> Grey:
-    top, bottom, left, right = segmentation.box_of(ink.mask)
+def _hard_edges(ink: Ink) -> Grey:
+    top, bottom, left, right = ink.box
     return ink.mask[top:bottom, left:right].astype(np.uint8) * np.uint8(255)
 
 
@@ -122,7 +125,7 @@ def _upright(normalize: Way) -> Way:
             image.size, Image.Transform.AFFINE, (1, slant, -slant * y, 0, 1, 0), Image.Resampling.BILINEAR
         )
         upright = np.asarray(moved)
-        top, bottom, left, right = segmentation.box_of(upright > 0)
+        top, bottom, left, right = box_of(upright > 0)
         return normalize(upright[top:bottom, left:right])
 
     return straightened
@@ -132,6 +135,7 @@ _Patch: TypeAlias = tuple[Any, str, Any]
 
 STEPS: dict[str, list[_Patch]] = {
     "all steps": [],
+    "plain pictures searched too": [(segmentation, "find_plain_ink", _nothing_is_plain)],
     "paper not taken away": [(segmentation, "ink_strength", _above_the_darkest)],
     "without the wider paper window": [(segmentation, "PAPER_WINDOWS", segmentation.PAPER_WINDOWS[:1])],
     "without the second threshold": [(segmentation, "THRESHOLDS", segmentation.THRESHOLDS[:1])],

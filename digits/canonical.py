@@ -51,9 +51,24 @@ def canonical_bytes(grey: npt.NDArray[np.uint8]) -> bytes | None:
         return None
     if max(_extent(by_row), _extent(grey.tobytes("F"))) not in CANONICAL_SIDES:
         return None
-    ink, rows, columns = np.dot(np.frombuffer(by_row, _BYTE).astype(_FLOAT), _MOMENTS).tolist()
+    y, x = center_of_mass(np.frombuffer(by_row, _BYTE))
     low, high = CANONICAL_CENTER
-    return by_row if low <= rows / ink <= high and low <= columns / ink <= high else None
+    return by_row if low <= y <= high and low <= x <= high else None
+
+
+def center_of_mass(pixels: npt.NDArray[np.uint8]) -> tuple[float, float]:
+    """Row and column, in pixel indices, of the ink in 784 pixels, of which one or more are not 0."""
+    ink, rows, columns = np.dot(pixels.ravel().astype(_FLOAT), _MOMENTS).tolist()
+    return rows / ink, columns / ink
+
+
+def may_be_canonical(grey: npt.NDArray[np.uint8]) -> bytes | None:
+    """As `canonical_bytes`, but at a glance: the bytes of all that are canonical and of few others."""
+    if grey.shape != _SHAPE:
+        return None
+    by_row = grey.tobytes()
+    bright = b"\xff" in by_row or b"\xfe" in by_row
+    return by_row if bright and _extent(by_row) <= CANONICAL_SIDES[-1] else None
 
 
 def are_canonical(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:

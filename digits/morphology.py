@@ -66,8 +66,14 @@ def smooth(image: Grey) -> Grey:
 def resize(image: Grey, width: int, height: int) -> Grey:
     """Averaged where it becomes smaller, interpolated where it becomes larger."""
     smaller = width <= image.shape[1]
-    method = Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC
-    return np.asarray(Image.fromarray(image).resize((width, height), method))
+    return resized(image, (width, height), Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC)
+
+
+def resized(image: Grey, size: tuple[int, int], method: Image.Resampling) -> Grey:
+    """To a width and height by one of Pillow's methods; with less around it than `fromarray` and `asarray` have."""
+    height, width = image.shape
+    scaled = Image.frombuffer("L", (width, height), image.tobytes(), "raw", "L", 0, 1).resize(size, method)
+    return np.frombuffer(scaled.tobytes(), np.uint8).reshape(size[1], size[0])
 
 
 def otsu(counts: npt.NDArray[Any]) -> int:

@@ -33,8 +33,8 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")
 MIN_CONTRAST = 16
 """Less than this of 255 between paper and ink is a blank image."""
 
-DECODED_SIDE = 560
-"""A JPEG is decoded at the smallest scale at which both sides are at least this."""
+DECODED_SIDE = 400
+"""A JPEG is decoded at the smallest scale of 1, 1/2, 1/4 and 1/8 at which both sides are at least this."""
 
 GreyImage: TypeAlias = npt.NDArray[np.uint8]
 ImageLike: TypeAlias = (
@@ -105,8 +105,10 @@ def _grey_of_file(image: Any) -> GreyImage:
         # Not n_frames: to count the pages of a TIFF takes time quadratic in their number.
         if getattr(opened, "is_animated", False) and opened.format != "MPO":  # a phone's JPEG with previews behind it
             raise InvalidImage(f"an image file has a single frame, {name} ({opened.format}) has several")
-        # A JPEG decodes at 1/2, 1/4 or 1/8 of its size for much less work.
-        opened.draft(None, (DECODED_SIDE, DECODED_SIDE))
+        # A large JPEG decodes at 1/2, 1/4 or 1/8 of its size, and without its colours, for much less work. One that
+        # is decoded in full keeps them, so that its file gives the same grey as an image or array made of it.
+        if min(opened.size) >= 2 * DECODED_SIDE:
+            opened.draft("L", (DECODED_SIDE, DECODED_SIDE))
         return _grey_of_pil(ImageOps.exif_transpose(opened))
 
 

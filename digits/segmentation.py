@@ -7,22 +7,25 @@ parted into connected pieces, and those that make up the digit are chosen.
 
 Whether the ink is darker or brighter than the paper, and above which strength
 it begins, is not decided beforehand: each combination gives a choice of pieces,
-and the choice that looks most like one written digit is taken.
+and the choice that looks most like one written digit is taken. Plain pictures
+need none of that (`digits.plain`).
 
 Knows nothing of files, of canonical pixels or of what digits look like.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from digits import morphology
 from digits.components import Components
+from digits.ink import Bools, Box, Ink, box_of
 from digits.morphology import Grey
+from digits.plain import find_plain_ink
 
 WORKING_SIDE = 144
 """Pixels of the longer side to which pictures are scaled before their ink is looked for."""
@@ -56,30 +59,8 @@ FINE = 0.06
 TRUSTED = 0.5
 """Strokes up to this part of the paper's window are seen whole."""
 
-SMALL = 0.45
+SMALL = 0.3
 """A digit that is shorter than this part of the working side is looked at again from nearer."""
-
-Bools: TypeAlias = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Ink:
-    """The ink of a digit; all arrays show the same part of the picture."""
-
-    picture: Grey
-    """The part that was looked at, or its negative, at the scale of the arrays below: `uint8[h, w]`."""
-
-    strength: Grey
-    """By how much each pixel differs from the paper around it, towards the ink: `uint8[h, w]`."""
-
-    mask: Bools
-    """The pixels of the digit: `bool[h, w]`, at least one."""
-
-    threshold: int
-    """The strength above which a pixel was taken for ink."""
-
-    is_dark: bool
-    """Whether the ink is darker than the paper."""
 
 
 @dataclass(frozen=True)
@@ -97,24 +78,39 @@ class _Choice:
 
 def find_ink(grey: Grey) -> Ink | None:
     """Find the digit in a grey picture `uint8[h, w]`; None if there is no ink in it."""
+    # A small plain picture is not enlarged, which only the search needs.
+    if max(grey.shape) <= WORKING_SIDE and (ink := find_plain_ink(grey)) is not None:
+        return ink
     # Of a picture and its negative the one is looked at in which the ink seems bright, so that both give the same.
-    negative = _seems_dark(grey)
-    if negative:
-        grey = 255 - grey
+    if _seems_dark(grey):
+        ink = _find_ink(255 - grey)
+        return ink and dataclasses.replace(ink, is_dark=not ink.is_dark)
+    return _find_ink(grey)
+
+
+def _find_ink(grey: Grey) -> Ink | None:
+    """The same, in which ink that is bright is looked for first."""
     scaled = to_working_side(grey)
     scale = max(grey.shape) / max(scaled.shape)
+    small = SMALL * max(scaled.shape) if scale > 1.3 else 0
+    if scale > 1 and (ink := find_plain_ink(scaled)) is not None:
+        if _longer(ink.box) >= small:
+            return ink
+        nearer, _ = _around(grey, ink.box, scaled.shape, margin=0.1)
+        if (ink := find_plain_ink(to_working_side(nearer))) is not None:
+            return ink
     choice = _best_choice(scaled, scale)
     if choice is None:
         return None
-    top, bottom, left, right = box_of(choice.mask)
-    longer = max(bottom - top, right - left)
-    if (
-        longer < SMALL * max(scaled.shape)
-        and scale > 1.3
-        and (ink := _look_closer(grey, choice, scale, (top, bottom, left, right), negative)) is not None
-    ):
+    box = box_of(choice.mask)
+    if _longer(box) < small and (ink := _look_closer(grey, choice, scale, box)) is not None:
         return ink
-    return Ink(scaled, choice.strength, choice.mask, choice.threshold, choice.is_dark != negative)
+    return Ink(scaled, choice.strength, choice.mask, choice.threshold, choice.is_dark, box)
+
+
+def _longer(box: Box) -> int:
+    top, bottom, left, right = box
+    return max(bottom - top, right - left)
 
 
 def _seems_dark(grey: Grey) -> bool:
@@ -137,12 +133,6 @@ def to_working_side(grey: Grey) -> Grey:
         return morphology.resize(grey, max(1, round(width * scale)), max(1, round(height * scale)))
     enlargement = min(MAX_ENLARGEMENT, WORKING_SIDE // longer)
     return morphology.resize(grey, width * enlargement, height * enlargement) if enlargement > 1 else grey
-
-
-def box_of(mask: Bools) -> tuple[int, int, int, int]:
-    """Top, bottom, left and right of what is true; bottom and right are the first beyond it."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
 
 
 # Paper ----------------------------------------------------------------------
@@ -171,13 +161,30 @@ def _window(grey: Grey, part: float, scale: float) -> int:
 # Choosing -------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _View:
+    """The picture, or its negative, with the paper taken away: what is bright in it may be ink."""
+
+    grey: Grey
+    """As it was: `uint8[h, w]`."""
+    strength: Grey
+    """Above the paper: `uint8[h, w]`."""
+    is_dark: bool
+    """Whether this is the negative."""
+    window: int
+    """Pixels: what is wider was taken for paper."""
+    is_scan: bool
+    """Whether the picture holds nothing but the digit, which may touch its edges."""
+
+
 def _best_choice(grey: Grey, scale: float) -> _Choice | None:
     is_scan = max(grey.shape) * scale <= SCAN_SIDE
     best: _Choice | None = None
     for part in PAPER_WINDOWS:
         window = _window(grey, part, scale)
         for is_dark in (False, True):
-            for choice in _choices(255 - grey if is_dark else grey, is_dark, window, is_scan):
+            side = 255 - grey if is_dark else grey
+            for choice in _choices(_View(side, ink_strength(side, window), is_dark, window, is_scan)):
                 if best is None or choice.quality > best.quality:
                     best = choice
             if best is not None and best.is_convincing:
@@ -185,15 +192,14 @@ def _best_choice(grey: Grey, scale: float) -> _Choice | None:
     return best
 
 
-def _choices(grey: Grey, is_dark: bool, window: int, is_scan: bool) -> list[_Choice]:
+def _choices(view: _View) -> list[_Choice]:
     """At Otsu's threshold, and, if that gives no convincing choice, at Otsu's threshold of what lies above it."""
-    strength = ink_strength(grey, window)
-    counts = np.bincount(strength.ravel(), minlength=256)
+    counts = np.bincount(view.strength.ravel(), minlength=256)
     threshold = morphology.otsu(counts)
     choices: list[_Choice] = []
     for weight in THRESHOLDS:
         threshold = max(threshold, MIN_STRENGTH)
-        if (choice := _choose(grey, strength, is_dark, window, is_scan, threshold, weight)) is None:
+        if (choice := _choose(view, threshold, weight)) is None:
             break
         choices.append(choice)
         counts[: threshold + 1] = 0
@@ -203,23 +209,21 @@ def _choices(grey: Grey, is_dark: bool, window: int, is_scan: bool) -> list[_Cho
     return choices
 
 
-def _choose(
-    grey: Grey, strength: Grey, is_dark: bool, window: int, is_scan: bool, threshold: int, weight: float
-) -> _Choice | None:
+def _choose(view: _View, threshold: int, weight: float) -> _Choice | None:
     """The pieces above a threshold that make up the digit."""
-    parts = Components(strength > threshold)
+    parts = Components(view.strength > threshold)
     if not parts.count:
         return None
-    height, width = strength.shape
+    height, width = view.strength.shape
     heights, widths = parts.bottom - parts.top, parts.right - parts.left
     spans = np.maximum(heights, widths)
     away = np.minimum(np.hypot(parts.center_y / height - 0.5, parts.center_x / width - 0.5) / 0.6, 1)
-    on_edge = np.zeros_like(parts.on_edge) if is_scan else parts.on_edge
+    on_edge = np.zeros_like(parts.on_edge) if view.is_scan else parts.on_edge
     touches = on_edge > 0
-    clutter = np.zeros(parts.count, np.bool_) if is_scan else _is_clutter(parts, heights, widths)
+    clutter = np.zeros(parts.count, np.bool_) if view.is_scan else _is_clutter(parts, heights, widths)
 
     # The heaviest piece, in the middle rather than at the edge, is the digit or most of it.
-    mass = parts.sums(strength)
+    mass = parts.sums(view.strength)
     score = mass * (1 - 0.9 * away) * np.where(touches, 0.5, 1) * np.where(clutter, 0.02, 1)
     main = int(score.argmax())
     span = spans[main]
@@ -244,12 +248,13 @@ def _choose(
         * (1 - 0.8 * min(1.0, on_edge[main] / span))
         * (1 - 0.5 * float(away[main]))
         * min(max(span / max(height, width) / 0.08, 0.2), 1)
-        * _rarity(grey, mask) ** 3
+        * _rarity(view.grey, mask) ** 3
     )
     # Strokes that are nearly as wide as the window have lost a part of themselves to the paper.
-    is_whole = stroke < TRUSTED * window
-    quality = likeness * float(strength[mask].mean())
-    return _Choice(strength, mask, threshold, is_dark, likeness, quality, is_whole and likeness > CONVINCING)
+    is_whole = stroke < TRUSTED * view.window
+    quality = likeness * float(view.strength[mask].mean())
+    is_convincing = is_whole and likeness > CONVINCING
+    return _Choice(view.strength, mask, threshold, view.is_dark, likeness, quality, is_convincing)
 
 
 def _is_clutter(parts: Components, heights: Any, widths: Any) -> Bools:
@@ -295,20 +300,28 @@ def _rarity(grey: Grey, mask: Bools) -> float:
 # Small digits ---------------------------------------------------------------
 
 
-def _look_closer(
-    grey: Grey, choice: _Choice, scale: float, box: tuple[int, int, int, int], negative: bool
-) -> Ink | None:
+def _around(grey: Grey, box: Box, shape: tuple[int, ...], margin: float) -> tuple[Grey, Box]:
+    """The part of the picture around a box that was found where it was scaled to `shape`, and its place there.
+
+    The margin is a part of the box's longer side.
+    """
+    top, bottom, left, right = box
+    height, width = shape
+    more = round(margin * _longer(box)) + 2
+    place = max(0, top - more), min(height, bottom + more), max(0, left - more), min(width, right + more)
+    scale = max(grey.shape) / max(shape)
+    y0, y1, x0, x1 = (int(at * scale) for at in place)
+    return grey[y0 : y1 + 1, x0 : x1 + 1], place
+
+
+def _look_closer(grey: Grey, choice: _Choice, scale: float, box: Box) -> Ink | None:
     """The chosen pieces, and nothing else, in a part of the picture with more pixels to them.
 
     None if there they stand out no more: in a strip of a few rows there is no paper left around them.
     """
-    top, bottom, left, right = box
     height, width = choice.mask.shape
-    margin = 0.35 * max(bottom - top, right - left) + 2
-    y0, y1 = max(0.0, top - margin), min(float(height), bottom + margin)
-    x0, x1 = max(0.0, left - margin), min(float(width), right + margin)
-    crop = to_working_side(grey[int(y0 * scale) : int(y1 * scale) + 1, int(x0 * scale) : int(x1 * scale) + 1])
-
+    part, (y0, y1, x0, x1) = _around(grey, box, choice.mask.shape, margin=0.35)
+    crop = to_working_side(part)
     rows = np.clip((y0 + (np.arange(crop.shape[0]) + 0.5) / crop.shape[0] * (y1 - y0)).astype(int), 0, height - 1)
     columns = np.clip((x0 + (np.arange(crop.shape[1]) + 0.5) / crop.shape[1] * (x1 - x0)).astype(int), 0, width - 1)
     around = morphology.dilate(choice.mask.view(np.uint8), 3)[rows[:, None], columns] > 0
@@ -319,4 +332,4 @@ def _look_closer(
     )
     threshold = max(threshold, MIN_STRENGTH // 2)
     mask = (strength > threshold) & around
-    return Ink(crop, strength, mask, threshold, choice.is_dark != negative) if mask.any() else None
+    return Ink(crop, strength, mask, threshold, choice.is_dark, box_of(mask)) if mask.any() else None

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from digits.canonical import are_canonical, is_canonical
+from digits.canonical import are_canonical, is_canonical, may_be_canonical
 from digits.preprocessing import to_pixels
 
 GreyImage = npt.NDArray[np.uint8]
@@ -50,6 +50,17 @@ def test_one_image_and_many_are_judged_by_the_same_rules(images: list[GreyImage]
     decided = are_canonical(np.array(images, np.uint8).reshape(-1, 28, 28))
     assert decided.dtype == np.bool_
     assert decided.tolist() == expected
+
+
+@given(nearly_canonical())
+def test_at_a_glance_no_canonical_image_is_missed(image: GreyImage) -> None:
+    glanced = may_be_canonical(image)
+    assert glanced == image.tobytes() or (glanced is None and not by_the_book(image))
+
+
+@pytest.mark.parametrize("shape", [(28, 27), (27, 28), (56, 14), (784,), (28, 28, 1)])
+def test_at_a_glance_other_shapes_are_nothing(shape: tuple[int, ...]) -> None:
+    assert may_be_canonical(np.full(shape, 255, np.uint8)) is None
 
 
 @given(nearly_canonical(), st.sampled_from(["C", "F", "strided"]))

@@ -263,6 +263,26 @@ def test_a_mode_changes_little(mode: str) -> None:
     assert mean_difference(to_pixels(image), to_pixels(grey)) < 1
 
 
+def coloured_seven(side: int) -> Image.Image:
+    """Blue on yellowish paper."""
+    ink = draw_seven(side)[:, :, None] / 255
+    return Image.fromarray((np.array([250, 240, 200]) * (1 - ink) + np.array([20, 40, 160]) * ink).astype(np.uint8))
+
+
+def test_a_coloured_jpeg_gives_the_same_as_the_image_and_the_array_made_of_it() -> None:
+    file = encode(coloured_seven(500), "JPEG")
+    image = Image.open(io.BytesIO(file))
+    np.testing.assert_array_equal(to_pixels(file), to_pixels(image))
+    np.testing.assert_array_equal(to_pixels(file), to_pixels(np.asarray(image)))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("side", [900, 1700, 3300])
+def test_a_jpeg_that_is_decoded_at_a_part_of_its_size_changes_little(mode: str, side: int) -> None:
+    image = coloured_seven(side).convert(mode)
+    assert mean_difference(to_pixels(encode(image, "JPEG", quality=90)), to_pixels(image)) < 4
+
+
 def test_a_cmyk_jpeg_is_read() -> None:
     grey = Image.fromarray(draw_seven(200))
     file = encode(grey.convert("RGB").convert("CMYK"), "JPEG", quality=95)
