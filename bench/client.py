@@ -5,7 +5,9 @@ threads of a Client, alone and 64 at a time, with an RPC for each call beside
 calls that go together.
 
 batch: 10,000 images as arrays through `classify_batch`, beside the bare forward
-of the network in batches of 256 in one thread.
+of the network in batches of 256 in one thread of another process: a client has
+no torch, whose many objects would have to be gone through by each collection of
+garbage.
 
 Both against a server process of our own with the embedded weights; what is
 compared is measured in turns, in several rounds, and every answer is checked.
@@ -16,11 +18,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
 import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,11 +32,9 @@ import numpy as np
 import numpy.typing as npt
 
 import client
-from bench.forward import Forward
 from bench.processes import server
 from server.golden import golden_digits
 from server.settings import EMBEDDED_WEIGHTS
-from trainer.data import load_mnist
 
 WARM_UP_SECONDS = 0.3
 FORWARD_SECONDS = 0.5
@@ -149,15 +151,37 @@ def batch_images(data_dir: Path | None) -> tuple[str, Pixels]:
     if data_dir is None:
         golden = golden_digits()[0].reshape(-1, 28, 28)
         return "the golden digits", golden[np.arange(IMAGES) % len(golden)]
+    from trainer.data import load_mnist
+
     return "MNIST's test images", load_mnist(data_dir, download=False).test.pixels.numpy().reshape(-1, 28, 28)[:IMAGES]
+
+
+def forward_digits(pixels: Pixels) -> list[int]:
+    """What the bare network reads."""
+    from bench.forward import Forward
+
+    return Forward().digits_of(pixels.reshape(-1, 784))
+
+
+def forward_rate() -> float:
+    """Images a second of the bare network."""
+    from bench.forward import Forward
+
+    return Forward().rate(FORWARD_BATCH, FORWARD_SECONDS)
 
 
 def measure_batch(target: str, rounds: int, connections: int, data_dir: Path | None) -> Samples:
     """`{"Client, list": {"rate": [images/s of each round], "forward": [...]}}`."""
-    name, array = batch_images(data_dir)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as torch_process:
+        return _measure_batch(target, rounds, connections, data_dir, torch_process)
+
+
+def _measure_batch(
+    target: str, rounds: int, connections: int, data_dir: Path | None, torch_process: ProcessPoolExecutor
+) -> Samples:
+    name, array = torch_process.submit(batch_images, data_dir).result()
     print(f"{IMAGES:,} images, {name}")
-    forward = Forward()
-    expected = forward.digits_of(array.reshape(-1, 784))
+    expected = torch_process.submit(forward_digits, array).result()
     forms: dict[str, Any] = {"list": list(array), "array": array}
     samples: Samples = {}
 
@@ -187,7 +211,7 @@ def measure_batch(target: str, rounds: int, connections: int, data_dir: Path | N
                         raise WrongAnswer(f"{wrong} of {IMAGES} answers differ from the network's")
                     of = samples.setdefault(f"{kind}, {form}", {"rate": [], "forward": []})
                     of["rate"].append(IMAGES / seconds)
-                    of["forward"].append(forward.rate(FORWARD_BATCH, FORWARD_SECONDS))
+                    of["forward"].append(torch_process.submit(forward_rate).result())
     return samples
 
 

@@ -197,7 +197,7 @@ def _stack(images: Sequence[Image] | npt.NDArray[Any]) -> npt.NDArray[np.uint8] 
         return images if images.dtype == _BYTE and images.shape[1:] == _SHAPE else None
     rows = []
     for image in images:
-        if type(image) is not np.ndarray or image.dtype is not _BYTE or image.shape != _SHAPE:
+        if type(image) is not np.ndarray or image.dtype != _BYTE or image.shape != _SHAPE:
             return None
         rows.append(image if image.flags.c_contiguous else image.copy())
     joined = b"".join(rows)  # type: ignore[arg-type]  # in a tenth of the time that np.stack takes

@@ -100,12 +100,12 @@ def prepare_bytes(image: Image) -> bytes:
 
 def quick_bytes(image: Image) -> bytes | None:
     """The pixels of an array that already is as MNIST's images are, which takes no time; else None."""
-    return canonical_bytes(image) if type(image) is np.ndarray and image.dtype is _BYTE else None
+    return canonical_bytes(image) if type(image) is np.ndarray and image.dtype == _BYTE else None
 
 
 def bytes_at_a_glance(image: Image) -> bytes | None:
     """The pixels of an array that may already be as MNIST's images are; None of what is not, or has to be read."""
-    return may_be_canonical(image) if type(image) is np.ndarray and image.dtype is _BYTE else None
+    return may_be_canonical(image) if type(image) is np.ndarray and image.dtype == _BYTE else None
 
 
 def is_quick(image: Image) -> bool:
