@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from typing import Any
 
 import grpc
@@ -227,6 +228,7 @@ CANONICAL[4:24, 13:16] = 255
     ("image", "quick"),
     [
         (CANONICAL, True),
+        (pickle.loads(pickle.dumps(CANONICAL)), True),  # whose type is equal to uint8, and another object
         (255 - CANONICAL, False),
         (CANONICAL.astype(np.float64), False),
         (np.zeros((56, 56), np.uint8), False),
