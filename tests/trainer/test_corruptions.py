@@ -50,7 +50,7 @@ def test_what_is_drawn_at_random_differs_by_seed_and_from_image_to_image(kind: s
 
 
 def test_shot_noise_counts_photons() -> None:
-    assert set(corrupt(square().expand(50, -1), "shot_noise").unique().tolist()) == {0, 85, 170, 255}
+    assert set(corrupt(square().expand(50, -1), "shot_noise").flatten().tolist()) == {0, 85, 170, 255}
 
 
 def test_impulse_noise_hits_seventeen_in_a_hundred() -> None:
@@ -88,7 +88,7 @@ def test_slants_and_turns_keep_the_middle_and_go_both_ways(kind: str) -> None:
 
 
 def test_brightness_adds_half_of_the_range() -> None:
-    assert corrupt(square(0, 100), "brightness").unique().tolist() == [128, 228]
+    assert set(corrupt(square(0, 100), "brightness").flatten().tolist()) == {128, 228}
 
 
 def test_stripe_is_a_negative_at_both_sides() -> None:
@@ -128,7 +128,7 @@ def test_a_dotted_line_has_gaps_of_two_pixels() -> None:
 
 def test_canny_finds_the_outline_and_leaves_the_inside_black() -> None:
     damaged = corrupt(square(), "canny_edges").reshape(28, 28)
-    assert set(damaged.unique().tolist()) == {0, 255}
+    assert set(damaged.flatten().tolist()) == {0, 255}
     assert (damaged[12:16, 12:16] == 0).all()
     assert (damaged[12:16] == 255).sum(dim=1).tolist() == [2, 2, 2, 2]
     assert (corrupt(square(100, 110), "canny_edges") == 0).all(), "too faint an edge"
