@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from digits.network import ARCHITECTURES
-from trainer.settings import DEVICES, TrainingSettings
+from trainer.settings import DEVICES, RECIPES, InvalidSetting, TrainingSettings, settings_in
 
 WEIGHTS = "mnist_model.pth"
 LAYOUT = "--data-dir has torchvision's layout: DIR/MNIST/raw/*-ubyte, each of the four files plain or with .gz."
@@ -17,20 +18,36 @@ DEFAULTS = TrainingSettings()
 def training_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m trainer",
-        usage="python -m trainer [train] [flags]\n       python -m trainer evaluate --weights PATH [flags]",
+        usage="python -m trainer [train] [flags]\n"
+        "       python -m trainer evaluate --weights PATH [flags]\n"
+        "       python -m trainer promote RUN [--to PATH]",
         description="Train weights for the server on MNIST. The epoch with the lowest validation loss is kept, "
-        f"measured once on the test images, and written to --out: {WEIGHTS}, its manifest, metrics.json and pictures. "
-        "With the defaults that takes about ten minutes.",
+        f"measured once on the test images, and written to --out: {WEIGHTS}, its manifest, metrics, pictures and "
+        "report.html, which holds all. With the defaults that takes about ten minutes.",
         epilog=f"{LAYOUT} On the CPU, the same seed gives the same weights, bit for bit, on the same machine with as "
-        "many threads. To measure weights: python -m trainer evaluate --help.",
+        "many threads, also where the training was stopped and went on by --resume. Flags beat --config, which beats "
+        "--recipe. Other commands: python -m trainer evaluate --help, python -m trainer promote --help.",
     )
     _add_common(parser, "where to write the weights and all about them (default: runs/DATE-TIME)")
+    parser.add_argument(
+        "--resume", type=Path, metavar="RUN", help="go on with a training that was stopped, in its folder"
+    )
 
     group = parser.add_argument_group("what is learnt, and how")
     group.add_argument(
+        "--recipe",
+        choices=list(RECIPES),
+        default="best",
+        help="settings that belong together: best makes the weights that the server ships with, origin is an ordinary "
+        "training (default: best)",
+    )
+    group.add_argument(
+        "--config", type=Path, metavar="FILE", help="settings in TOML, as a run's settings.toml has them"
+    )
+    group.add_argument(
         "--architecture",
         choices=list(ARCHITECTURES),
-        default=DEFAULTS.architecture,
+        default=argparse.SUPPRESS,
         help=f"the network (default: {DEFAULTS.architecture})",
     )
     for name, metavar, text in [
@@ -59,14 +76,20 @@ def training_parser() -> argparse.ArgumentParser:
             f"--{name.replace('_', '-')}",
             type=_whole if isinstance(default, int) else _number,
             metavar=metavar,
-            default=default,
+            default=argparse.SUPPRESS,
             help=f"{text} (default: {default:g})",
         )
     group.add_argument(
         "--augment",
         action=argparse.BooleanOptionalAction,
-        default=DEFAULTS.augment,
+        default=argparse.SUPPRESS,
         help="turn, scale, shear, shift and bend each image, and change its pen, anew in every epoch (default: yes)",
+    )
+    group.add_argument(
+        "--standardise",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="train on features of mean 0 and deviation 1, which the first layer takes up afterwards (default: yes)",
     )
     return parser
 
@@ -83,13 +106,45 @@ def evaluation_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def promotion_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer promote",
+        description="Put a run's weights and manifest in the place of those that are served, if they read the test "
+        "images no worse. A running server takes them up without losing a call.",
+        epilog="Test accuracies are compared as the manifests give them.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run, or a .pth file")
+    parser.add_argument("--to", type=Path, required=True, metavar="PATH", help="the .pth file that the server loads")
+    parser.add_argument(
+        "--tolerance",
+        type=_number,
+        metavar="SHARE",
+        default=0.0,
+        help="how much lower the test accuracy may be, 0 to 1: 0.001 is a tenth of a percent (default: 0)",
+    )
+    parser.add_argument("--force", action="store_true", help="whatever the accuracies are")
+    return parser
+
+
 def settings_of(options: argparse.Namespace) -> TrainingSettings:
     """The settings that the flags of `training_parser` give.
 
     Raises:
-        InvalidSetting: a value breaks its rule.
+        InvalidSetting: a value breaks its rule, or the file of --config does.
     """
-    return TrainingSettings(**{field.name: getattr(options, field.name) for field in fields(TrainingSettings)})
+    values = dict(RECIPES[options.recipe])
+    if options.config is not None:
+        try:
+            values |= settings_in(options.config)
+        except FileNotFoundError as error:
+            raise InvalidSetting(f"--config is a TOML file, and there is none at {options.config}") from error
+    return TrainingSettings(**values | given_settings(options))
+
+
+def given_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings for which there was a flag."""
+    names = {field.name for field in fields(TrainingSettings)}
+    return {name: value for name, value in vars(options).items() if name in names and value is not None}
 
 
 def _add_common(parser: argparse.ArgumentParser, out: str) -> None:
@@ -103,9 +158,7 @@ def _add_common(parser: argparse.ArgumentParser, out: str) -> None:
         help="download the files that are missing (default: yes)",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help=out)
-    parser.add_argument(
-        "--device", type=_device, default=DEFAULTS.device, help="cpu, cuda, cuda:N or mps (default: cpu)"
-    )
+    parser.add_argument("--device", type=_device, help=f"cpu, cuda, cuda:N or mps (default: {DEFAULTS.device})")
     parser.add_argument(
         "--threads",
         type=_whole,
