@@ -33,7 +33,8 @@ from digits.checkpoint import (
 from trainer import report
 from trainer.augmentation import Augmentation
 from trainer.calibration import coverage, fit_temperature, reliability
-from trainer.data import DataError, LabelledPixels, load_mnist, split
+from trainer.data import Data, DataError, LabelledPixels, split
+from trainer.datasets import load_data
 from trainer.evaluation import Evaluation, evaluation_of, read
 from trainer.flags import WEIGHTS, evaluation_parser, given_settings, promotion_parser, settings_of, training_parser
 from trainer.promotion import NotPromoted, promote
@@ -77,7 +78,7 @@ class Interrupted(Exception):
 def _run_training(options: argparse.Namespace) -> None:
     settings = settings_of(options) if options.resume is None else _begun_settings(options)
     _prepare(options.threads, settings.device)
-    data = load_mnist(options.data_dir, options.download)
+    data = _load(settings.dataset, options)
     if options.resume is None:
         out = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
         run = Run.begin(out, settings, data)  # now, and not after minutes of training
@@ -111,6 +112,7 @@ def _run_training(options: argparse.Namespace) -> None:
     manifest = Manifest(
         architecture=settings.architecture,
         temperature=temperature,
+        labels=data.labels,
         dataset=data.name,
         test_accuracy=test.accuracy,
         training=_provenance(settings, training, test),
@@ -174,7 +176,7 @@ def _run_evaluation(options: argparse.Namespace) -> None:
     device = options.device or "cpu"
     _prepare(options.threads, device)
     checkpoint = load_checkpoint(options.weights)
-    data = load_mnist(options.data_dir, options.download)
+    data = _load(options.dataset, options)
     manifest = checkpoint.manifest
     logits = read(checkpoint.network.to(device), data.test.pixels, manifest.mean, manifest.std, device)
     result = evaluation_of(logits, data.test.labels)
@@ -216,6 +218,15 @@ COMMANDS = {
 
 
 # Both -----------------------------------------------------------------------
+
+
+def _load(dataset: str, options: argparse.Namespace) -> Data:
+    return load_data(
+        dataset,
+        options.data_dir,
+        options.download,
+        lambda files, count: tqdm(files, total=count, desc="pictures", unit="", leave=False, disable=None),
+    )
 
 
 def _pictures(name: str, test: LabelledPixels, logits: Tensor, temperature: float) -> dict[str, bytes]:

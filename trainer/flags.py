@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from digits.network import ARCHITECTURES
+from trainer.datasets import DATASETS, FOLDER
 from trainer.settings import DEVICES, RECIPES, InvalidSetting, TrainingSettings, settings_in
 
 WEIGHTS = "mnist_model.pth"
@@ -44,6 +45,7 @@ def training_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--config", type=Path, metavar="FILE", help="settings in TOML, as a run's settings.toml has them"
     )
+    _add_dataset(group, argparse.SUPPRESS)
     group.add_argument(
         "--architecture",
         choices=list(ARCHITECTURES),
@@ -66,7 +68,7 @@ def training_parser() -> argparse.ArgumentParser:
             "A",
             "keep a running mean of the weights that forgets all but A at each step; 0: the last weights",
         ),
-        ("drawn", "SHARE", "part of each batch that is not from the data set but drawn by a model of a pen; 0: none"),
+        ("drawn", "SHARE", "part of each batch that is drawn by a model of a pen, if the data are digits; 0: none"),
         ("validation_size", "IMAGES", "training images held back to choose the best epoch, 1 or more"),
         ("patience", "EPOCHS", "stop after so many epochs without a lower validation loss; 0: never"),
         ("seed", "SEED", "of the split, initial weights, order, dropout and augmentation; 0 or more"),
@@ -102,6 +104,7 @@ def evaluation_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--weights", type=Path, required=True, metavar="PATH", help="a .pth file (required)")
     parser.add_argument("--json", action="store_true", help="print one line of JSON, for programs")
+    _add_dataset(parser, DEFAULTS.dataset)
     _add_common(parser, "also write evaluation.json and confusion.png to this folder")
     return parser
 
@@ -145,6 +148,16 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
     """The settings for which there was a flag."""
     names = {field.name for field in fields(TrainingSettings)}
     return {name: value for name, value in vars(options).items() if name in names and value is not None}
+
+
+def _add_dataset(parser: argparse._ActionsContainer, default: str) -> None:
+    parser.add_argument(
+        "--dataset",
+        metavar="NAME",
+        default=default,
+        help=f"{', '.join(DATASETS)}, or {FOLDER}PATH with a folder of pictures for each class "
+        f"(default: {DEFAULTS.dataset})",
+    )
 
 
 def _add_common(parser: argparse.ArgumentParser, out: str) -> None:

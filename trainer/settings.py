@@ -58,8 +58,11 @@ class TrainingSettings:
     """The weights that are kept are a running mean over the steps, which forgets all but this part at each; 0: none."""
 
     # Data
+    dataset: str = "mnist"
+    """A name in `trainer.datasets.DATASETS`, or `folder:PATH`."""
+
     drawn: float = 0.3
-    """Share of each batch that is drawn by `trainer.handwriting`; from 0 to below 1."""
+    """Share of each batch that is drawn by `trainer.handwriting`, if the data are digits; from 0 to below 1."""
 
     augment: bool = True
     """Whether each image is turned, scaled, sheared, shifted, bent and written with another pen anew in every epoch."""

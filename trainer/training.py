@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from digits.network import ARCHITECTURES
 from digits.preprocessing import MEAN, STD
 from trainer.augmentation import augment
-from trainer.data import Data, split
+from trainer.data import DIGITS, Data, split
 from trainer.evaluation import evaluate, to_features
 from trainer.handwriting import draw
 from trainer.scaling import fold, scaling_for
@@ -147,8 +147,9 @@ class _Loop:
         )
         self._averaged = copy.deepcopy(self._network)
         self._scaling = scaling_for(self._network, self._images.pixels) if settings.standardise else (MEAN, STD)
-        self._drawings = draw(math.ceil(DRAWINGS_PER_IMAGE * len(self._images))) if settings.drawn else None
-        self._from_data = max(1, round(settings.batch_size * (1 - settings.drawn)))  # images of a batch
+        drawn = settings.drawn if data.labels == DIGITS else 0.0
+        self._drawings = draw(math.ceil(DRAWINGS_PER_IMAGE * len(self._images))) if drawn else None
+        self._from_data = max(1, round(settings.batch_size * (1 - drawn)))  # images of a batch
         self._steps = math.ceil(len(self._images) / self._from_data)
         self._epochs: list[Epoch] = []
         self._best_network: nn.Module = self._network
