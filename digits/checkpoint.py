@@ -40,6 +40,7 @@ __all__ = [
     "InvalidCheckpoint",
     "Manifest",
     "load_checkpoint",
+    "manifest_bytes",
     "manifest_path",
     "parse_checkpoint",
     "save_checkpoint",
@@ -136,10 +137,14 @@ def save_checkpoint(weights: str | os.PathLike[str], network: nn.Module, manifes
     buffer = io.BytesIO()
     torch.save({key: tensor.detach().cpu().clone() for key, tensor in network.state_dict().items()}, buffer)
     sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
-    values = asdict(manifest) | {"sha256": sha256}
     write_atomically(path, buffer.getvalue())
-    write_atomically(manifest_path(path), (json.dumps(values, indent=2) + "\n").encode())
+    write_atomically(manifest_path(path), manifest_bytes(manifest, sha256))
     return sha256
+
+
+def manifest_bytes(manifest: Manifest, sha256: str) -> bytes:
+    """A manifest as it stands in its file, beside weights with this SHA-256."""
+    return (json.dumps(asdict(manifest) | {"sha256": sha256}, indent=2) + "\n").encode()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

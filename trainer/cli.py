@@ -1,26 +1,26 @@
 """The command line: arguments in; lines, files and an exit status out.
 
 `python -m trainer [train]` makes weights, `python -m trainer evaluate` measures
-them. Exit status 0: done; 1: the data, the weights or the training failed;
-2: a flag is wrong; 130: interrupted.
+them, `python -m trainer promote` puts them in the place of others. Exit status
+0: done; 1: the data, the weights or the training failed, or the weights are no
+better; 2: a flag is wrong; 130: interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import os
-import platform
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib import metadata
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from digits.checkpoint import (
@@ -33,42 +33,74 @@ from digits.checkpoint import (
 )
 from trainer import report
 from trainer.augmentation import Augmentation
-from trainer.data import DataError, load_mnist
-from trainer.evaluation import Evaluation, evaluate
-from trainer.flags import WEIGHTS, evaluation_parser, settings_of, training_parser
+from trainer.calibration import coverage, fit_temperature, reliability
+from trainer.data import Data, DataError, LabelledPixels, split
+from trainer.datasets import load_data
+from trainer.evaluation import Evaluation, evaluation_of, read
+from trainer.flags import WEIGHTS, evaluation_parser, given_settings, promotion_parser, settings_of, training_parser
+from trainer.promotion import NotPromoted, promote
+from trainer.ranks import Ranks, joined
+from trainer.run import Run, RunError, environment, json_bytes, make_folder
 from trainer.settings import InvalidSetting, TrainingSettings
-from trainer.training import Epoch, Training, TrainingDiverged, train
+from trainer.training import Epoch, State, Training, TrainingDiverged, train
+
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], Callable[[], argparse.ArgumentParser]]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command, parser = _run_training, training_parser
-    if arguments[:1] == ["evaluate"]:
-        command, parser = _run_evaluation, evaluation_parser
-    if arguments[:1] in (["train"], ["evaluate"]):
-        arguments = arguments[1:]
+    name = arguments.pop(0) if arguments[:1] and arguments[0] in COMMANDS else "train"
+    command, parser = COMMANDS[name]
     flags = parser()
     options = flags.parse_args(arguments)
     try:
         command(options)
     except InvalidSetting as error:
         flags.error(str(error))
-    except (DataError, InvalidCheckpoint, TrainingDiverged, OSError) as error:
+    except (DataError, InvalidCheckpoint, TrainingDiverged, RunError, NotPromoted, OSError) as error:
         print(f"{flags.prog}: error: {error}", file=sys.stderr)
         return 1
+    except Interrupted as stop:
+        print(f"\n{flags.prog}: {stop}", file=sys.stderr)
+        return 130
     except KeyboardInterrupt:
         print(f"\n{flags.prog}: interrupted, nothing was written", file=sys.stderr)
         return 130
     return 0
 
 
+class Interrupted(Exception):
+    """A training was stopped from the keyboard; the message says how to go on."""
+
+
+# Training -------------------------------------------------------------------
+
+
 def _run_training(options: argparse.Namespace) -> None:
-    settings = settings_of(options)
-    _prepare(options)
-    data = load_mnist(options.data_dir, options.download)
-    out = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-    _make_folder(out)  # now, and not after minutes of training
+    begun = settings_of(options) if options.resume is None else _begun_settings(options)
+    with joined(begun.device) as (ranks, device):
+        settings = dataclasses.replace(begun, device=device)
+        _prepare(options.threads, device)
+        data = _load(settings.dataset, options)
+        if options.resume is not None:
+            run = Run.go_on(options.resume)
+            run.check_data(data)
+        elif ranks.is_first:
+            out = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+            run = Run.begin(out, begun, data)  # now, and not after minutes of training
+        state = None if options.resume is None else run.state()
+        if not ranks.is_first:
+            train(settings, data, state=state, ranks=ranks)
+            return
+        training = _train(settings, data, run, state, ranks, options)
+        _write_results(run, data, training)
+
+
+def _train(
+    settings: TrainingSettings, data: Data, run: Run, state: State | None, ranks: Ranks, options: argparse.Namespace
+) -> Training:
+    """Train, tell of it on the terminal, and keep what is needed to go on."""
 
     def progress(steps: Iterable[int], epoch: int) -> Iterable[int]:
         # None: silent where stderr is no terminal.
@@ -78,47 +110,66 @@ def _run_training(options: argparse.Namespace) -> None:
         print(report.log_line(epoch, settings.epochs), flush=True)
 
     print(report.LOG_HEADER, flush=True)
-    training = train(settings, data, on_epoch, progress)
-    test = evaluate(training.network, data.test)
+    for epoch in state["epochs"] if state else []:
+        on_epoch(Epoch(**epoch))
+    try:
+        return train(settings, data, on_epoch, progress, state=state, on_state=run.save_state, ranks=ranks)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted; what was learnt up to the last whole epoch is kept. Go on:\n"
+            f"python -m trainer --resume {shlex.quote(str(run.folder))} --data-dir {shlex.quote(str(options.data_dir))}"
+        ) from None
 
+
+def _write_results(run: Run, data: Data, training: Training) -> None:
+    """Measure the weights on the test images, and write them with all that there is to tell."""
+    settings = run.settings
+    validation = split(data.train, settings.validation_size, settings.seed)[1]
+    temperature = fit_temperature(read(training.network, validation.pixels), validation.labels)
+    logits = read(training.network, data.test.pixels)
+    test = evaluation_of(logits, data.test.labels)
     manifest = Manifest(
         architecture=settings.architecture,
+        temperature=temperature,
+        labels=data.labels,
         dataset=data.name,
         test_accuracy=test.accuracy,
         training=_provenance(settings, training, test),
     )
-    weights = out / WEIGHTS
-    save_checkpoint(weights, training.network, manifest)
-    write_atomically(out / "metrics.json", _json(report.training_record(training.epochs, test)))
-    write_atomically(out / "curves.png", report.draw_curves(training.epochs))
-    write_atomically(out / "confusion.png", report.draw_confusion(test, f"{data.name} test"))
+    weights = run.folder / WEIGHTS
+    sha256 = save_checkpoint(weights, training.network, manifest)
     best = training.best
+    facts = {
+        "Test accuracy": report.accuracy_line(test),
+        "Best epoch": f"{best.number} of {len(training.epochs)}, validation accuracy {best.validation_accuracy:.2%}",
+        "Temperature": f"{temperature:g}, fitted to the validation images",
+        "Weights": f"{WEIGHTS}, SHA-256 {sha256}",
+    } | {name.replace("_", " ").capitalize(): value for name, value in asdict(settings).items()}
+    pictures = {"Learning curves": report.draw_curves(training.epochs)}
+    pictures |= _pictures(data.name, data.test, logits, temperature)
+    _write_all(run.folder, f"{settings.architecture} on {data.name}", facts, test, pictures)
+    run.write("metrics.json", json_bytes(report.training_record(training.epochs, test)))
+    run.write_events(training.epochs)
     print(
         f"\nbest epoch     {best.number}, validation accuracy {best.validation_accuracy:.2%}\n"
         f"test accuracy  {report.accuracy_line(test)}\n"
+        f"calibration    temperature {temperature:g}, expected calibration error "
+        f"{reliability(logits, data.test.labels, temperature).expected_error:.4f}\n"
         f"time           {training.seconds:.0f} s\n"
-        f"written to     {out}: {WEIGHTS}, {manifest_path(WEIGHTS)}, metrics.json, curves.png, confusion.png\n\n"
+        f"written to     {run.folder}: {WEIGHTS}, {manifest_path(WEIGHTS)}, report.html and all that it shows\n\n"
         f"Serve it:      mnist-grpc-server --weights {shlex.quote(str(weights))}"
     )
 
 
-def _run_evaluation(options: argparse.Namespace) -> None:
-    _prepare(options)
-    checkpoint = load_checkpoint(options.weights)
-    data = load_mnist(options.data_dir, options.download)
-    manifest = checkpoint.manifest
-    result = evaluate(checkpoint.network.to(options.device), data.test, manifest.mean, manifest.std, options.device)
-    record = {"weights": str(options.weights), "version": checkpoint.version, "dataset": data.name}
-    record |= report.evaluation_record(result)
-    if options.json:
-        print(json.dumps(record))
-    else:
-        print(f"{data.name} test accuracy of {options.weights} ({manifest.architecture}, {checkpoint.version}):")
-        print(f"{report.accuracy_line(result)}, loss {result.loss:.4f}\n\n{report.class_table(result)}")
-    if options.out:
-        _make_folder(options.out)
-        write_atomically(options.out / "evaluation.json", _json(record))
-        write_atomically(options.out / "confusion.png", report.draw_confusion(result, f"{data.name} test"))
+def _begun_settings(options: argparse.Namespace) -> TrainingSettings:
+    """Those of the run that goes on."""
+    if options.out is not None or options.config is not None or options.recipe != "best":
+        raise InvalidSetting("--resume goes on in its own folder with its own settings: no --out, --config or --recipe")
+    settings = Run.go_on(options.resume).settings
+    for name, value in given_settings(options).items():
+        if value != (begun := getattr(settings, name)):
+            raise InvalidSetting(f"--resume goes on as begun, with --{name.replace('_', '-')} {begun}, not {value}")
+    return settings
 
 
 def _provenance(settings: TrainingSettings, training: Training, test: Evaluation) -> dict[str, Any]:
@@ -133,45 +184,96 @@ def _provenance(settings: TrainingSettings, training: Training, test: Evaluation
         "validation_accuracy": training.best.validation_accuracy,
         "test_correct": test.correct,
         "seconds": round(training.seconds, 1),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "mnist-grpc": _installed("mnist-grpc"),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": _installed("torchvision"),
-        },
+        **environment(),
     }
 
 
-def _installed(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:  # run from a checkout
-        return None
+# Evaluation and promotion ---------------------------------------------------
 
 
-def _prepare(options: argparse.Namespace) -> None:
+def _run_evaluation(options: argparse.Namespace) -> None:
+    device = options.device or "cpu"
+    _prepare(options.threads, device)
+    checkpoint = load_checkpoint(options.weights)
+    data = _load(options.dataset, options)
+    manifest = checkpoint.manifest
+    logits = read(checkpoint.network.to(device), data.test.pixels, manifest.mean, manifest.std, device)
+    result = evaluation_of(logits, data.test.labels)
+    error = reliability(logits, data.test.labels, manifest.temperature).expected_error
+    record = {"weights": str(options.weights), "version": checkpoint.version, "dataset": data.name}
+    record |= report.evaluation_record(result) | {"expected_calibration_error": error}
+    if options.json:
+        print(json.dumps(record))
+    else:
+        print(f"{data.name} test accuracy of {options.weights} ({manifest.architecture}, {checkpoint.version}):")
+        print(f"{report.accuracy_line(result)}, loss {result.loss:.4f}")
+        print(f"expected calibration error {error:.4f}\n\n{report.class_table(result)}")
+    if options.out:
+        make_folder(options.out)
+        facts = {
+            "Test accuracy": report.accuracy_line(result),
+            "Expected calibration error": f"{error:.4f}",
+            "Weights": f"{options.weights}, version {checkpoint.version}",
+        }
+        pictures = _pictures(data.name, data.test, logits, manifest.temperature)
+        _write_all(options.out, f"{manifest.architecture} on {data.name}", facts, result, pictures)
+        write_atomically(options.out / "evaluation.json", json_bytes(record))
+
+
+def _run_promotion(options: argparse.Namespace) -> None:
+    new = options.run / WEIGHTS if options.run.is_dir() else options.run
+    promoted, before = promote(new, options.to, options.tolerance, options.force)
+    accuracy = promoted.manifest.test_accuracy
+    shown = "unknown" if accuracy is None else f"{accuracy:.2%}"
+    print(f"{options.to}: version {promoted.version}, test accuracy {shown}", end="")
+    print(f", in place of {before.version}" if before else "")
+
+
+COMMANDS = {
+    "train": (_run_training, training_parser),
+    "evaluate": (_run_evaluation, evaluation_parser),
+    "promote": (_run_promotion, promotion_parser),
+}
+
+
+# Both -----------------------------------------------------------------------
+
+
+def _load(dataset: str, options: argparse.Namespace) -> Data:
+    return load_data(
+        dataset,
+        options.data_dir,
+        options.download,
+        lambda files, count: tqdm(files, total=count, desc="pictures", unit="", leave=False, disable=None),
+    )
+
+
+def _pictures(name: str, test: LabelledPixels, logits: Tensor, temperature: float) -> dict[str, bytes]:
+    """What there is to see of test images that were read, by its title."""
+    logits = logits / temperature
+    title = f"{name} test"
+    return {
+        "Confusion": report.draw_confusion(evaluation_of(logits, test.labels), title),
+        "Mistakes": report.draw_mistakes(test.pixels, test.labels, logits, title),
+        "Calibration": report.draw_calibration(reliability(logits, test.labels), title),
+        "Coverage": report.draw_coverage(*coverage(logits, test.labels), title),
+    }
+
+
+def _write_all(folder: Path, title: str, facts: dict[str, Any], result: Evaluation, pictures: dict[str, bytes]) -> None:
+    """Each picture as a file of its own, and the report that holds them all."""
+    for name, content in pictures.items():
+        write_atomically(folder / f"{name.split()[-1].lower()}.png", content)
+    write_atomically(folder / "report.html", report.html_report(title, facts, report.class_table(result), pictures))
+
+
+def _prepare(threads: int, device: str) -> None:
     """Check and set what concerns the machine."""
-    if options.threads < 1:
-        raise InvalidSetting(f"--threads is 1 or more, not {options.threads}")
-    torch.set_num_threads(options.threads)
+    if threads < 1:
+        raise InvalidSetting(f"--threads is 1 or more, not {threads}")
+    torch.set_num_threads(threads)
     try:
-        torch.empty(1, device=options.device)
+        torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise InvalidSetting(f"--device is one that torch can use here, not {options.device}: {reason}") from error
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-    except OSError as error:
-        raise InvalidSetting(f"--out is a folder that can be written to, not {out}: {error.strerror}") from error
-
-
-def _json(record: dict[str, Any]) -> bytes:
-    return (json.dumps(record, indent=2) + "\n").encode()
+        raise InvalidSetting(f"--device is one that torch can use here, not {device}: {reason}") from error

@@ -11,6 +11,8 @@ import gzip
 import shutil
 import socket
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
+
+DIGITS = tuple(str(digit) for digit in range(CLASSES))
 
 DOWNLOAD_TIMEOUT = 30.0
 """Seconds without an answer from a download server."""
@@ -50,6 +54,9 @@ class LabelledPixels:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __getitem__(self, which: slice | Tensor) -> LabelledPixels:
+        return LabelledPixels(self.pixels[which], self.labels[which])
+
 
 @dataclass(frozen=True)
 class Data:
@@ -58,6 +65,8 @@ class Data:
     train: LabelledPixels
     test: LabelledPixels
     name: str = "MNIST"
+    labels: tuple[str, ...] = DIGITS
+    """What each class means; empty texts where there are fewer than ten."""
 
 
 def load_mnist(data_dir: Path, download: bool = True) -> Data:
@@ -67,13 +76,14 @@ def load_mnist(data_dir: Path, download: bool = True) -> Data:
         DataError: torchvision does not work, files are missing and cannot be
             downloaded, or what is there is not MNIST.
     """
-    mnist = _torchvision_mnist()
+    mnist = torchvision_dataset("MNIST")
     raw = data_dir / "MNIST" / "raw"
     if missing := _missing(raw):
         if not download:
             raise DataError(_how_to_get(missing, raw, "downloading is switched off (--no-download)"))
         try:
-            _download(mnist, data_dir)
+            with download_limit():
+                mnist(data_dir, download=True)
         except (RuntimeError, OSError) as error:
             raise DataError(_how_to_get(missing, raw, f"the download failed: {str(error).strip()}")) from error
     try:
@@ -99,31 +109,33 @@ def split(images: LabelledPixels, validation_size: int, seed: int) -> tuple[Labe
         )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     held_back, kept = order[:validation_size], order[validation_size:]
-    return (
-        LabelledPixels(images.pixels[kept], images.labels[kept]),
-        LabelledPixels(images.pixels[held_back], images.labels[held_back]),
-    )
+    return images[kept], images[held_back]
 
 
-def _torchvision_mnist() -> Any:
-    """torchvision's `MNIST`; imported here, so that all else works without."""
+def torchvision_dataset(name: str) -> Any:
+    """One of `torchvision.datasets`; imported here, so that all else works without.
+
+    Raises:
+        DataError: torchvision does not work beside this torch.
+    """
     try:
-        from torchvision.datasets import MNIST
+        import torchvision.datasets
     except (ImportError, RuntimeError) as error:  # RuntimeError: "operator torchvision::nms does not exist"
         raise DataError(
             f"torchvision cannot be imported beside torch {torch.__version__}: {error}\n"
             "Install the torchvision that was built for this torch, from the index that this torch came from: "
             "pip install --upgrade torch torchvision"
         ) from error
-    return MNIST
+    return getattr(torchvision.datasets, name)
 
 
-def _download(mnist: Any, data_dir: Path) -> None:
-    """Let torchvision fetch and unpack the files; it sets no time limit of its own."""
+@contextmanager
+def download_limit() -> Iterator[None]:
+    """Within it, a download that gets no answer ends; torchvision sets no time limit of its own."""
     limit = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        mnist(data_dir, download=True)
+        yield
     finally:
         socket.setdefaulttimeout(limit)
 

@@ -56,19 +56,26 @@ def evaluate(
     network: nn.Module, images: LabelledPixels, mean: float = MEAN, std: float = STD, device: str = "cpu"
 ) -> Evaluation:
     """Read all images with the network, which is in the mode it was in afterwards."""
+    return evaluation_of(read(network, images.pixels, mean, std, device), images.labels)
+
+
+def evaluation_of(logits: Tensor, labels: Tensor) -> Evaluation:
+    """What logits `float32[n, 10]` say of images with these labels, `int64[n]`."""
+    confusion = torch.bincount(labels * CLASSES + logits.argmax(dim=1), minlength=CLASSES * CLASSES)
+    return Evaluation(confusion.reshape(CLASSES, CLASSES), F.cross_entropy(logits, labels).item())
+
+
+def read(network: nn.Module, pixels: Tensor, mean: float = MEAN, std: float = STD, device: str = "cpu") -> Tensor:
+    """Return logits, `float32[n, 10]`, of pixels `uint8[n, 784]`."""
     was_training = network.training
     network.eval()
-    confusion = torch.zeros(CLASSES * CLASSES, dtype=torch.int64)
-    loss = 0.0
     with torch.inference_mode():
-        for start in range(0, len(images), BATCH_SIZE):
-            labels = images.labels[start : start + BATCH_SIZE]
-            features = to_features(images.pixels[start : start + BATCH_SIZE], mean, std)
-            logits = network(features.to(device)).cpu()  # (n, 10)
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            confusion += torch.bincount(labels * CLASSES + logits.argmax(dim=1), minlength=CLASSES * CLASSES)
+        logits = [
+            network(to_features(part, mean, std).to(device)).cpu()  # (m, 10)
+            for part in torch.split(pixels, BATCH_SIZE)
+        ]
     network.train(was_training)
-    return Evaluation(confusion.reshape(CLASSES, CLASSES), loss / len(images))
+    return torch.cat(logits)
 
 
 def to_features(pixels: Tensor, mean: float = MEAN, std: float = STD) -> Tensor:

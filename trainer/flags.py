@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from digits.network import ARCHITECTURES
-from trainer.settings import DEVICES, TrainingSettings
+from trainer.datasets import DATASETS, FOLDER
+from trainer.settings import DEVICES, RECIPES, InvalidSetting, TrainingSettings, settings_in
 
 WEIGHTS = "mnist_model.pth"
 LAYOUT = "--data-dir has torchvision's layout: DIR/MNIST/raw/*-ubyte, each of the four files plain or with .gz."
@@ -17,20 +19,37 @@ DEFAULTS = TrainingSettings()
 def training_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m trainer",
-        usage="python -m trainer [train] [flags]\n       python -m trainer evaluate --weights PATH [flags]",
+        usage="python -m trainer [train] [flags]\n"
+        "       python -m trainer evaluate --weights PATH [flags]\n"
+        "       python -m trainer promote RUN [--to PATH]",
         description="Train weights for the server on MNIST. The epoch with the lowest validation loss is kept, "
-        f"measured once on the test images, and written to --out: {WEIGHTS}, its manifest, metrics.json and pictures. "
-        "With the defaults that takes about ten minutes.",
+        f"measured once on the test images, and written to --out: {WEIGHTS}, its manifest, metrics, pictures and "
+        "report.html, which holds all. With the defaults that takes about ten minutes.",
         epilog=f"{LAYOUT} On the CPU, the same seed gives the same weights, bit for bit, on the same machine with as "
-        "many threads. To measure weights: python -m trainer evaluate --help.",
+        "many threads, also where the training was stopped and went on by --resume. Flags beat --config, which beats "
+        "--recipe. Other commands: python -m trainer evaluate --help, python -m trainer promote --help.",
     )
     _add_common(parser, "where to write the weights and all about them (default: runs/DATE-TIME)")
+    parser.add_argument(
+        "--resume", type=Path, metavar="RUN", help="go on with a training that was stopped, in its folder"
+    )
 
     group = parser.add_argument_group("what is learnt, and how")
     group.add_argument(
+        "--recipe",
+        choices=list(RECIPES),
+        default="best",
+        help="settings that belong together: best makes the weights that the server ships with, origin is an ordinary "
+        "training (default: best)",
+    )
+    group.add_argument(
+        "--config", type=Path, metavar="FILE", help="settings in TOML, as a run's settings.toml has them"
+    )
+    _add_dataset(group, argparse.SUPPRESS)
+    group.add_argument(
         "--architecture",
         choices=list(ARCHITECTURES),
-        default=DEFAULTS.architecture,
+        default=argparse.SUPPRESS,
         help=f"the network (default: {DEFAULTS.architecture})",
     )
     for name, metavar, text in [
@@ -49,7 +68,7 @@ def training_parser() -> argparse.ArgumentParser:
             "A",
             "keep a running mean of the weights that forgets all but A at each step; 0: the last weights",
         ),
-        ("drawn", "SHARE", "part of each batch that is not from the data set but drawn by a model of a pen; 0: none"),
+        ("drawn", "SHARE", "part of each batch that is drawn by a model of a pen, if the data are digits; 0: none"),
         ("validation_size", "IMAGES", "training images held back to choose the best epoch, 1 or more"),
         ("patience", "EPOCHS", "stop after so many epochs without a lower validation loss; 0: never"),
         ("seed", "SEED", "of the split, initial weights, order, dropout and augmentation; 0 or more"),
@@ -59,14 +78,20 @@ def training_parser() -> argparse.ArgumentParser:
             f"--{name.replace('_', '-')}",
             type=_whole if isinstance(default, int) else _number,
             metavar=metavar,
-            default=default,
+            default=argparse.SUPPRESS,
             help=f"{text} (default: {default:g})",
         )
     group.add_argument(
         "--augment",
         action=argparse.BooleanOptionalAction,
-        default=DEFAULTS.augment,
+        default=argparse.SUPPRESS,
         help="turn, scale, shear, shift and bend each image, and change its pen, anew in every epoch (default: yes)",
+    )
+    group.add_argument(
+        "--standardise",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="train on features of mean 0 and deviation 1, which the first layer takes up afterwards (default: yes)",
     )
     return parser
 
@@ -79,7 +104,28 @@ def evaluation_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--weights", type=Path, required=True, metavar="PATH", help="a .pth file (required)")
     parser.add_argument("--json", action="store_true", help="print one line of JSON, for programs")
+    _add_dataset(parser, DEFAULTS.dataset)
     _add_common(parser, "also write evaluation.json and confusion.png to this folder")
+    return parser
+
+
+def promotion_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer promote",
+        description="Put a run's weights and manifest in the place of those that are served, if they read the test "
+        "images no worse. A running server takes them up without losing a call.",
+        epilog="Test accuracies are compared as the manifests give them.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run, or a .pth file")
+    parser.add_argument("--to", type=Path, required=True, metavar="PATH", help="the .pth file that the server loads")
+    parser.add_argument(
+        "--tolerance",
+        type=_number,
+        metavar="SHARE",
+        default=0.0,
+        help="how much lower the test accuracy may be, 0 to 1: 0.001 is a tenth of a percent (default: 0)",
+    )
+    parser.add_argument("--force", action="store_true", help="whatever the accuracies are")
     return parser
 
 
@@ -87,9 +133,31 @@ def settings_of(options: argparse.Namespace) -> TrainingSettings:
     """The settings that the flags of `training_parser` give.
 
     Raises:
-        InvalidSetting: a value breaks its rule.
+        InvalidSetting: a value breaks its rule, or the file of --config does.
     """
-    return TrainingSettings(**{field.name: getattr(options, field.name) for field in fields(TrainingSettings)})
+    values = dict(RECIPES[options.recipe])
+    if options.config is not None:
+        try:
+            values |= settings_in(options.config)
+        except FileNotFoundError as error:
+            raise InvalidSetting(f"--config is a TOML file, and there is none at {options.config}") from error
+    return TrainingSettings(**values | given_settings(options))
+
+
+def given_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings for which there was a flag."""
+    names = {field.name for field in fields(TrainingSettings)}
+    return {name: value for name, value in vars(options).items() if name in names and value is not None}
+
+
+def _add_dataset(parser: argparse._ActionsContainer, default: str) -> None:
+    parser.add_argument(
+        "--dataset",
+        metavar="NAME",
+        default=default,
+        help=f"{', '.join(DATASETS)}, or {FOLDER}PATH with a folder of pictures for each class "
+        f"(default: {DEFAULTS.dataset})",
+    )
 
 
 def _add_common(parser: argparse.ArgumentParser, out: str) -> None:
@@ -103,9 +171,7 @@ def _add_common(parser: argparse.ArgumentParser, out: str) -> None:
         help="download the files that are missing (default: yes)",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help=out)
-    parser.add_argument(
-        "--device", type=_device, default=DEFAULTS.device, help="cpu, cuda, cuda:N or mps (default: cpu)"
-    )
+    parser.add_argument("--device", type=_device, help=f"cpu, cuda, cuda:N or mps (default: {DEFAULTS.device})")
     parser.add_argument(
         "--threads",
         type=_whole,

@@ -6,17 +6,21 @@ of how the results came about.
 
 from __future__ import annotations
 
+import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from html import escape
 from typing import Any
 
 import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from torch import Tensor
 
-from digits.preprocessing import CLASSES
+from digits.preprocessing import CLASSES, SIDE
+from trainer.calibration import BINS, Reliability, wilson_interval
 from trainer.evaluation import Evaluation
 from trainer.training import Epoch
 
@@ -34,7 +38,8 @@ def log_line(epoch: Epoch, epochs: int) -> str:
 
 
 def accuracy_line(result: Evaluation) -> str:
-    return f"{result.accuracy:.2%} ({result.correct} of {result.total} images)"
+    low, high = wilson_interval(result.correct, result.total)
+    return f"{result.accuracy:.2%} ({result.correct} of {result.total} images; 95 % interval {low:.2%} to {high:.2%})"
 
 
 def class_table(result: Evaluation) -> str:
@@ -124,6 +129,95 @@ def draw_confusion(result: Evaluation, title: str) -> bytes:
     axes.grid(which="minor", color="0.85", linewidth=0.8)
     axes.tick_params(which="both", length=0)
     return _png(figure)
+
+
+def draw_calibration(reliability: Reliability, title: str) -> bytes:
+    """A reliability diagram as a PNG: how often the model is right where it says so, and how often it says so."""
+    figure = Figure(figsize=(6, 6.4), layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
+    middles = (np.arange(BINS) + 0.5) / BINS
+    filled = reliability.counts.numpy() > 0
+    above.plot([0, 1], [0, 1], "--", color="0.6", label="as often right as confident")
+    above.plot(
+        reliability.confidence.numpy()[filled],
+        reliability.accuracy.numpy()[filled],
+        "o-",
+        color=BLUE,
+        label="this model",
+    )
+    above.set(ylabel="share that is right", xlim=(0, 1), ylim=(0, 1.02))
+    above.set_title(f"{title}: expected calibration error {reliability.expected_error:.4f}", pad=12)
+    above.legend(frameon=False, loc="upper left")
+    below.bar(middles[filled], reliability.counts.numpy()[filled], width=0.9 / BINS, color=BLUE)
+    below.set(xlabel="confidence", ylabel="images", yscale="log")
+    for axes in (above, below):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+def draw_coverage(shares: Tensor, accuracies: Tensor, title: str) -> bytes:
+    """As a PNG: how many are misread if only the most confident predictions are taken."""
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(shares.numpy() * 100, (1 - accuracies.numpy()) * 100, color=BLUE)
+    axes.set(xlabel="most confident predictions that are taken (%)", ylabel="of these misread (%)", xlim=(0, 100))
+    axes.set_ylim(bottom=0)
+    axes.set_title(title, pad=12)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+def draw_mistakes(pixels: Tensor, labels: Tensor, logits: Tensor, title: str, most: int = 60) -> bytes:
+    """The misread images as a PNG, the most confident mistakes first: what they show, were read as, and how surely."""
+    confidence, digits = logits.double().softmax(dim=1).max(dim=1)
+    wrong = (digits != labels).nonzero().flatten()
+    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)]
+    shown = wrong[:most].tolist()
+    columns = 10
+    rows = max(1, -(-len(shown) // columns))
+    figure = Figure(figsize=(columns * 1.05, rows * 1.35 + 0.6), layout="constrained")
+    figure.suptitle(f"{title}: {len(shown)} of {len(wrong)} mistakes" if len(wrong) else f"{title}: no mistakes")
+    for axes, index in zip(figure.subplots(rows, columns, squeeze=False).flat, [*shown, *[None] * 999], strict=False):
+        axes.axis("off")
+        if index is not None:
+            axes.imshow(pixels[index].reshape(SIDE, SIDE).numpy(), cmap="gray_r", vmin=0, vmax=255)
+            text = f"{int(labels[index])} read as {int(digits[index])}\n{float(confidence[index]):.0%}, no. {index}"
+            axes.set_title(text, fontsize=7)
+    return _png(figure)
+
+
+def html_report(title: str, facts: Mapping[str, object], table: str, pictures: Mapping[str, bytes]) -> bytes:
+    """One page that holds all: facts, the table by digit, and the pictures, which are part of the file."""
+    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(str(fact))}</td></tr>\n" for name, fact in facts.items())
+    figures = "".join(
+        f'<figure><img alt="{escape(name)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+        f"<figcaption>{escape(name)}</figcaption></figure>\n"
+        for name, content in pictures.items()
+    )
+    return (
+        f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 66rem; padding: 0 1rem; color: #222 }}
+th {{ text-align: left; font-weight: 500; padding-right: 2rem; vertical-align: top }}
+td {{ overflow-wrap: anywhere }}
+pre {{ overflow-x: auto; background: #f6f6f6; padding: 1rem }}
+figure {{ margin: 2rem 0 }}
+img {{ max-width: 100% }}
+figcaption {{ color: #666 }}
+</style></head><body>
+<h1>{escape(title)}</h1>
+<table>
+{rows}</table>
+<h2>By digit</h2>
+<pre>{escape(table)}</pre>
+<h2>Pictures</h2>
+{figures}</body></html>
+"""
+    ).encode()
 
 
 def _png(figure: Figure) -> bytes:

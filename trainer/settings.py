@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 from digits.network import ARCHITECTURES
 
@@ -54,11 +58,17 @@ class TrainingSettings:
     """The weights that are kept are a running mean over the steps, which forgets all but this part at each; 0: none."""
 
     # Data
+    dataset: str = "mnist"
+    """A name in `trainer.datasets.DATASETS`, or `folder:PATH`."""
+
     drawn: float = 0.3
-    """Share of each batch that is drawn by `trainer.handwriting`; from 0 to below 1."""
+    """Share of each batch that is drawn by `trainer.handwriting`, if the data are digits; from 0 to below 1."""
 
     augment: bool = True
     """Whether each image is turned, scaled, sheared, shifted, bent and written with another pen anew in every epoch."""
+
+    standardise: bool = True
+    """Whether to train on features of mean 0 and deviation 1 (`trainer.scaling`), in place of those that are served."""
 
     validation_size: int = 5000
     """Images held back from the training part to choose the best epoch; 1 or more."""
@@ -91,3 +101,52 @@ class TrainingSettings:
         require("patience", "0 (never stop early) or more", self.patience >= 0)
         require("seed", "from 0 to 2^63-1", 0 <= self.seed < 2**63)
         require("device", "cpu, cuda, cuda:N or mps", DEVICES.fullmatch(self.device) is not None)
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "best": {},
+    "origin": {
+        "epochs": 20,
+        "batch_size": 64,
+        "learning_rate": 0.01,
+        "warmup_epochs": 0.0,
+        "weight_decay": 1e-4,
+        "averaging": 0.0,
+        "drawn": 0.0,
+        "augment": False,
+        "standardise": False,
+    },
+}
+"""Settings that belong together, by name, as far as they differ from the defaults. `best` makes the weights that the
+server ships with; `origin` is an ordinary training: images as they are, SGD with momentum, weight decay, dropout."""
+
+
+def settings_from(path: Path) -> TrainingSettings:
+    """The settings in a TOML file: a flat table of names as in `TrainingSettings`; others have their defaults.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InvalidSetting: it is no TOML, or a name, a type or a value breaks its rule.
+    """
+    return TrainingSettings(**settings_in(path))
+
+
+def settings_in(path: Path) -> Mapping[str, Any]:
+    """As `settings_from`, only what stands in the file, and values unchecked but for their type."""
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InvalidSetting(f"{path} is a TOML file of settings: {error}") from error
+    types = {field.name: type(field.default) for field in fields(TrainingSettings)}
+    for name, value in values.items():
+        if name not in types:
+            raise InvalidSetting(f"{path}: {name} is no setting; there are {', '.join(types)}")
+        kind = types[name]
+        if kind is float and type(value) is int:
+            values[name] = float(value)
+        elif type(value) is not kind:
+            words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+            raise InvalidSetting(f"{path}: {name} is {words[kind]}, not {value!r}")
+    return values

@@ -10,22 +10,30 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from digits.network import ARCHITECTURES
+from digits.preprocessing import MEAN, STD
 from trainer.augmentation import augment
-from trainer.data import Data, split
+from trainer.data import DIGITS, Data, split
 from trainer.evaluation import evaluate, to_features
 from trainer.handwriting import draw
+from trainer.ranks import Ranks
 from trainer.scaling import fold, scaling_for
 from trainer.settings import TrainingSettings
 
 DRAWINGS_PER_IMAGE = 0.5
 """So many digits are drawn before the first epoch; each batch takes some of them, deformed anew."""
+
+ALONE = Ranks()
+
+RANK_SEEDS = 1_000_003
+"""Between the seeds of processes that train together."""
 
 AVERAGING_BEGINS = 100
 """Steps after which the running mean keeps half of itself; so it does not hold on to the first weights."""
@@ -78,11 +86,16 @@ class Training:
     """Images chosen by."""
 
     seconds: float
-    """Wall time."""
+    """Wall time of the epochs."""
 
     @property
     def best(self) -> Epoch:
         return [epoch for epoch in self.epochs if epoch.best][-1]
+
+
+State: TypeAlias = dict[str, Any]
+"""Where a training stands after an epoch: tensors, numbers and texts, so that `torch.load(..., weights_only=True)`
+reads it. With the settings, the data and the same machine it decides all that follows."""
 
 
 def train(
@@ -90,12 +103,25 @@ def train(
     data: Data,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
     progress: Callable[[Iterable[int], int], Iterable[int]] = lambda steps, epoch: steps,
+    *,
+    state: State | None = None,
+    on_state: Callable[[State], None] = lambda state: None,
+    ranks: Ranks = ALONE,
 ) -> Training:
     """Train a new network on `data.train` and return the best of its epochs.
 
     The same settings, data, machine and number of threads give the same weights,
-    bit for bit, on the CPU. The caller's random state is left as it was.
-    `progress` wraps the steps of an epoch, for example in a progress bar.
+    bit for bit, on the CPU, whether the training was stopped in between or not.
+    The caller's random state is left as it was.
+
+    Args:
+        on_epoch: is told of each epoch.
+        progress: wraps the steps of an epoch, for example in a progress bar.
+        state: what `on_state` was given last, to go on from there.
+        on_state: is given the state after each epoch, before `on_epoch` is told;
+            what it keeps has to be copied or written at once.
+        ranks: with whom to train; each of these processes makes the same call,
+            and gets the same weights.
 
     Raises:
         DataError: fewer images than `validation_size` demands.
@@ -104,89 +130,150 @@ def train(
     devices = [] if settings.device in ("cpu", "mps") else [torch.device(settings.device)]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(settings.seed)
-        return _train(settings, data, on_epoch, progress)
+        loop = _Loop(settings, data, ranks)
+        if state is not None:
+            loop.go_on_from(state)
+        while not loop.is_over:
+            epoch = loop.run_epoch(progress)
+            on_state(loop.state())
+            on_epoch(epoch)
+        return loop.training()
 
 
-def _train(
-    settings: TrainingSettings,
-    data: Data,
-    on_epoch: Callable[[Epoch], None],
-    progress: Callable[[Iterable[int], int], Iterable[int]],
-) -> Training:
-    started = time.perf_counter()
+class _Loop:
+    """A training between its epochs."""
 
-    # 1. Data, network, optimiser.
-    images, validation = split(data.train, settings.validation_size, settings.seed)
-    network = ARCHITECTURES[settings.architecture]().to(settings.device)
-    optimizer = torch.optim.SGD(
-        network.parameters(),
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        nesterov=settings.momentum > 0,
-    )
-    averaged = copy.deepcopy(network)
-    mean, std = scaling_for(network, images.pixels)
-    drawings = math.ceil(DRAWINGS_PER_IMAGE * len(images))
-    drawn = draw(drawings) if settings.drawn else None
-    from_data = max(1, round(settings.batch_size * (1 - settings.drawn)))  # images of a batch
-    steps = math.ceil(len(images) / from_data)
-    epochs: list[Epoch] = []
-    best: Epoch | None = None
-    best_network = network
-
-    for number in range(1, settings.epochs + 1):
-        epoch_started = time.perf_counter()
-        network.train()
-        order = torch.randperm(len(images))
-        total_loss = 0.0
-        rate = 0.0
-
-        # 2. One pass over the training images.
-        for step in progress(range(steps), number):
-            rate = learning_rate_at((number - 1) * steps + step, steps, settings)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            rows = order[step * from_data : (step + 1) * from_data]
-            pixels, labels = images.pixels[rows], images.labels[rows]  # (n, 784), (n,)
-            if drawn is not None:
-                others = torch.randint(drawings, (settings.batch_size - from_data,))
-                pixels = torch.cat([pixels, drawn[0][others]])
-                labels = torch.cat([labels, drawn[1][others]])
-            if settings.augment:
-                pixels = augment(pixels)
-            logits = network(to_features(pixels, mean, std).to(settings.device))  # (n, 10)
-            loss = F.cross_entropy(logits, labels.to(settings.device))
-            total_loss += _finite(loss.item(), f"epoch {number}, step {step + 1} of {steps}", settings)
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            optimizer.step()
-            taken = (number - 1) * steps + step
-            _average(averaged, network, min(settings.averaging, taken / (taken + AVERAGING_BEGINS)))
-
-        # 3. Validation, of the weights as they would be served. The loss decides: among a few
-        #    thousand images the accuracy of good weights turns on ten of them.
-        served = fold(averaged, mean, std)
-        result = evaluate(served, validation, device=settings.device)
-        _finite(result.loss, f"the validation after epoch {number}", settings)
-        is_best = best is None or result.loss < best.validation_loss
-        epoch = Epoch(
-            number=number,
-            learning_rate=rate,
-            train_loss=total_loss / steps,
-            validation_loss=result.loss,
-            validation_accuracy=result.accuracy,
-            seconds=time.perf_counter() - epoch_started,
-            best=is_best,
+    def __init__(self, settings: TrainingSettings, data: Data, ranks: Ranks) -> None:
+        self._settings = settings
+        self._ranks = ranks
+        self._images, self._validation = split(data.train, settings.validation_size, settings.seed)
+        self._network = ARCHITECTURES[settings.architecture]().to(settings.device)
+        self._optimizer = torch.optim.SGD(
+            self._network.parameters(),
+            lr=settings.learning_rate,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            nesterov=settings.momentum > 0,
         )
-        epochs.append(epoch)
-        if is_best:
-            best, best_network = epoch, served
-        on_epoch(epoch)
-        if settings.patience and best is not None and number - best.number >= settings.patience:
-            break
+        self._averaged = copy.deepcopy(self._network)
+        self._scaling = scaling_for(self._network, self._images.pixels) if settings.standardise else (MEAN, STD)
+        drawn = settings.drawn if data.labels == DIGITS else 0.0
+        self._drawings = draw(math.ceil(DRAWINGS_PER_IMAGE * len(self._images))) if drawn else None
+        self._from_data = max(1, round(settings.batch_size * (1 - drawn)))  # images of a batch
+        self._drawn = settings.batch_size - self._from_data if drawn else 0
+        self._steps = math.ceil(len(self._images) / self._from_data)
+        self._epochs: list[Epoch] = []
+        self._best_network: nn.Module = self._network
+        self._shared = ranks.together(self._network)
+        if not ranks.is_first:  # up to here, all have drawn the same; from now on, each deforms images its own way
+            torch.manual_seed(settings.seed + RANK_SEEDS * ranks.number)
 
-    return Training(best_network.cpu().eval(), epochs, len(images), len(validation), time.perf_counter() - started)
+    @property
+    def is_over(self) -> bool:
+        """Whether all epochs were run, or too many without a better one."""
+        done, patience = len(self._epochs), self._settings.patience
+        if not done:
+            return False
+        return done >= self._settings.epochs or (bool(patience) and done - self._best.number >= patience)
+
+    @property
+    def _best(self) -> Epoch:
+        return [epoch for epoch in self._epochs if epoch.best][-1]
+
+    def state(self) -> State:
+        """What `go_on_from` takes."""
+        return {
+            "network": self._network.state_dict(),
+            "averaged": self._averaged.state_dict(),
+            "best": self._best_network.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "epochs": [asdict(epoch) for epoch in self._epochs],
+            "random": self._ranks.all_of(torch.get_rng_state()),
+            "device_random": self._ranks.all_of(self._device_random_state()),
+        }
+
+    def go_on_from(self, state: State) -> None:
+        self._network.load_state_dict(state["network"])
+        self._averaged.load_state_dict(state["averaged"])
+        self._best_network = copy.deepcopy(self._network)
+        self._best_network.load_state_dict(state["best"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._epochs = [Epoch(**epoch) for epoch in state["epochs"]]
+        torch.set_rng_state(state["random"][self._ranks.number])
+        if self._settings.device.startswith("cuda"):
+            torch.cuda.set_rng_state(state["device_random"][self._ranks.number], self._settings.device)
+
+    def _device_random_state(self) -> Tensor:
+        device = self._settings.device
+        return torch.cuda.get_rng_state(device) if device.startswith("cuda") else torch.empty(0)
+
+    def run_epoch(self, progress: Callable[[Iterable[int], int], Iterable[int]]) -> Epoch:
+        """Pass over the training images once, then validate."""
+        started = time.perf_counter()
+        number = len(self._epochs) + 1
+        self._network.train()
+        order = self._ranks.agreed(torch.randperm(len(self._images)))
+        total_loss = rate = 0.0
+        for step in progress(range(self._steps), number):
+            taken = (number - 1) * self._steps + step
+            rate = learning_rate_at(taken, self._steps, self._settings)
+            rows = order[step * self._from_data : (step + 1) * self._from_data]
+            loss = self._step(*self._batch(rows), rate, len(rows) + self._drawn)
+            total_loss += _finite(loss, f"epoch {number}, step {step + 1} of {self._steps}", self._settings)
+            _average(self._averaged, self._network, min(self._settings.averaging, taken / (taken + AVERAGING_BEGINS)))
+
+        # Of the weights as they would be served. The loss decides: among a few thousand images the
+        # accuracy of good weights turns on ten of them.
+        served = fold(self._averaged, *self._scaling)
+        result = evaluate(served, self._validation, device=self._settings.device)
+        _finite(result.loss, f"the validation after epoch {number}", self._settings)
+        is_best = not self._epochs or result.loss < self._best.validation_loss
+        if is_best:
+            self._best_network = served
+        self._epochs.append(
+            Epoch(
+                number=number,
+                learning_rate=rate,
+                train_loss=self._ranks.mean(total_loss / self._steps),
+                validation_loss=result.loss,
+                validation_accuracy=result.accuracy,
+                seconds=time.perf_counter() - started,
+                best=is_best,
+            )
+        )
+        return self._epochs[-1]
+
+    def _batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """This process's share of a batch: these of the images and some drawings, all deformed.
+
+        Returns features `float32[n, 784]` and labels `int64[n]`.
+        """
+        rows = self._ranks.share(rows)
+        pixels, labels = self._images.pixels[rows], self._images.labels[rows]
+        if self._drawings is not None:
+            others = torch.randint(len(self._drawings[1]), (self._ranks.count(self._drawn),))
+            pixels = torch.cat([pixels, self._drawings[0][others]])
+            labels = torch.cat([labels, self._drawings[1][others]])
+        if self._settings.augment:
+            pixels = augment(pixels)
+        return to_features(pixels, *self._scaling).to(self._settings.device), labels.to(self._settings.device)
+
+    def _step(self, features: Tensor, labels: Tensor, rate: float, size: int) -> float:
+        """Move the weights once; return the loss before, as the mean over a batch of so many images in all."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        loss = F.cross_entropy(self._shared(features), labels)
+        if self._ranks.size > 1:  # their shares differ by an image, and the mean over all is to be that of the batch
+            loss = loss * (len(labels) * self._ranks.size / size)
+        self._optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        self._optimizer.step()
+        return loss.item()
+
+    def training(self) -> Training:
+        seconds = sum(epoch.seconds for epoch in self._epochs)
+        network = self._best_network.cpu().eval()
+        return Training(network, self._epochs, len(self._images), len(self._validation), seconds)
 
 
 @torch.no_grad()

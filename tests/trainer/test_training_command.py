@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from digits.checkpoint import Manifest, load_checkpoint, save_checkpoint
 from digits.network import ImprovedNN
@@ -47,13 +50,22 @@ def test_training_from_a_shell_writes_a_model_that_loads_and_says_how_to_serve_i
     assert " 2/2 " in done.stdout
     assert done.stdout.rstrip().endswith("mnist-grpc-server --weights 'out dir/mnist_model.pth'")
     out = tmp_path / "out dir"
-    assert sorted(path.name for path in out.iterdir()) == [
+    files = {path.name for path in out.iterdir()}
+    assert {name for name in files if not name.startswith("events.out.tfevents.")} == {
+        "calibration.png",
         "confusion.png",
+        "coverage.png",
         "curves.png",
         "metrics.json",
+        "metrics.jsonl",
+        "mistakes.png",
         "mnist_model.json",
         "mnist_model.pth",
-    ]
+        "report.html",
+        "run.json",
+        "settings.toml",
+        "state.pt",
+    }
 
     # As any other torch program would load it.
     weights = torch.load(out / "mnist_model.pth", weights_only=True)
@@ -65,7 +77,8 @@ def test_training_from_a_shell_writes_a_model_that_loads_and_says_how_to_serve_i
     manifest = checkpoint.manifest
     assert manifest.sha256 == hashlib.sha256((out / "mnist_model.pth").read_bytes()).hexdigest()
     assert (manifest.architecture, manifest.dataset) == ("ImprovedNN", "MNIST")
-    assert (manifest.mean, manifest.std, manifest.temperature) == (0.5, 0.5, 1.0)
+    assert (manifest.mean, manifest.std) == (0.5, 0.5)
+    assert 0.1 <= manifest.temperature <= 10
     training = manifest.training
     assert training["seed"] == 1
     assert training["settings"]["epochs"] == 2
@@ -78,9 +91,17 @@ def test_training_from_a_shell_writes_a_model_that_loads_and_says_how_to_serve_i
     assert [epoch["number"] for epoch in metrics["epochs"]] == [1, 2]
     assert np.sum(metrics["test"]["confusion"]) == metrics["test"]["total"] == 20
     assert metrics["test"]["accuracy"] == manifest.test_accuracy
-    for name in ("curves.png", "confusion.png"):
-        with Image.open(out / name) as picture:
-            assert min(picture.size) > 400
+    assert [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] == metrics["epochs"]
+    report = (out / "report.html").read_text()
+    for name in ("curves", "confusion", "mistakes", "calibration", "coverage"):
+        content = (out / f"{name}.png").read_bytes()
+        with Image.open(io.BytesIO(content)) as picture:
+            assert min(picture.size) > 250
+        assert base64.b64encode(content).decode() in report
+    assert manifest.sha256 in report
+
+    events = EventAccumulator(str(out)).Reload()
+    assert [event.step for event in events.Scalars("validation_accuracy")] == [1, 2]
 
 
 @pytest.fixture
@@ -133,6 +154,9 @@ def test_evaluation_speaks_json_and_writes_where_it_is_told(
         (["evaluate"], "--weights"),
         (["evaluate", "--weights", "w.pth", "--device", "tpu"], "--device: takes cpu, cuda, cuda:N or mps, not 'tpu'"),
         (["serve"], "unrecognized arguments: serve"),
+        (["--config", "none.toml"], "--config is a TOML file, and there is none at none.toml"),
+        (["--resume", "run", "--out", "other"], "no --out, --config or --recipe"),
+        (["promote", "run"], "--to"),
     ],
 )
 def test_a_bad_flag_names_itself_its_rule_and_its_value(
@@ -166,14 +190,14 @@ def test_an_out_that_is_no_folder_is_refused_before_training(
 
 
 @pytest.mark.usefixtures("torchvision")
-def test_training_that_diverges_writes_nothing(
+def test_training_that_diverges_leaves_no_weights(
     tmp_path: Path, write_mnist: WriteMnist, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_mnist(tmp_path)
     out = tmp_path / "out"
     assert main(["--data-dir", str(tmp_path), "--out", str(out), "--learning-rate", "1e30", *QUICK]) == 1
     assert "--learning-rate" in capsys.readouterr().err
-    assert list(out.iterdir()) == []
+    assert not list(out.glob("mnist_model*"))
 
 
 def test_weights_that_are_none_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

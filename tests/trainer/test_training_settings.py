@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from trainer.flags import settings_of, training_parser
-from trainer.settings import InvalidSetting, TrainingSettings
+from trainer.run import toml_of
+from trainer.settings import RECIPES, InvalidSetting, TrainingSettings, settings_from
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,7 @@ def test_every_setting_has_a_flag_and_the_manual_tells_its_default() -> None:
         assert f"--{field.name.replace('_', '-')}" in manual
         default = (
             "yes"
-            if field.name == "augment"
+            if field.name in ("augment", "standardise")
             else format(field.default, "g" if isinstance(field.default, (int, float)) else "")
         )
         assert field.name in ("architecture", "device") or f"(default: {default})" in manual
@@ -56,3 +58,43 @@ def test_every_setting_has_a_flag_and_the_manual_tells_its_default() -> None:
 def test_flags_set_what_they_say() -> None:
     options = training_parser().parse_args(["--epochs", "3", "--no-augment", "--learning-rate", "1e-2", "--seed", "9"])
     assert settings_of(options) == TrainingSettings(epochs=3, augment=False, learning_rate=0.01, seed=9)
+
+
+def parsed(*arguments: str) -> TrainingSettings:
+    return settings_of(training_parser().parse_args(arguments))
+
+
+def test_flags_beat_the_file_which_beats_the_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("epochs = 7\nlearning_rate = 1  # a whole number is a number\nseed = 5\n")
+    settings = parsed("--recipe", "origin", "--config", str(file), "--seed", "9")
+    assert settings == TrainingSettings(**RECIPES["origin"] | {"epochs": 7, "learning_rate": 1.0, "seed": 9})
+    assert type(settings.learning_rate) is float
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_settings_written_as_toml_are_read_as_they_were(recipe: str, tmp_path: Path) -> None:
+    settings = dataclasses.replace(parsed("--recipe", recipe), weight_decay=1e-5, seed=2**62)
+    (tmp_path / "settings.toml").write_text(toml_of(dataclasses.asdict(settings)))
+    assert settings_from(tmp_path / "settings.toml") == settings
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch = 3", "epoch is no setting; there are architecture, epochs, "),
+        ("epochs = 3.0", "epochs is a whole number, not 3.0"),
+        ("epochs = true", "epochs is a whole number, not True"),
+        ("momentum = '0.9'", "momentum is a number, not '0.9'"),
+        ("augment = 1", "augment is true or false, not 1"),
+        ("device = 1", "device is a text, not 1"),
+        ("epochs = 0", "--epochs is 1 or more, not 0"),
+        ("epochs", "is a TOML file of settings"),
+        ("[training]\nepochs = 1", "training is no setting"),
+    ],
+)
+def test_a_file_that_breaks_a_rule_is_refused_with_it(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    with pytest.raises(InvalidSetting, match=message):
+        settings_from(file)

@@ -1,0 +1,191 @@
+"""The folder of a training: what it was told, how far it is, and what came out.
+
+Every file appears whole or not at all, and what is there after a kill at any
+moment is enough to go on. Knows nothing of flags.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import platform
+import subprocess
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from digits.checkpoint import write_atomically
+from trainer.data import Data
+from trainer.settings import InvalidSetting, TrainingSettings, settings_from
+from trainer.training import Epoch, State
+
+SETTINGS = "settings.toml"
+RUN = "run.json"
+STATE = "state.pt"
+METRICS = "metrics.jsonl"
+
+
+class RunError(Exception):
+    """The folder is no run, or not one that can go on; the message says why."""
+
+
+class Run:
+    """The folder of one training.
+
+    Files: `settings.toml` (as `--config` takes it), `run.json` (versions,
+    machine, data), `metrics.jsonl` (a line an epoch), `state.pt` (to go on
+    from), and what `write` is given.
+    """
+
+    def __init__(self, folder: Path, settings: TrainingSettings) -> None:
+        self.folder = folder
+        self.settings = settings
+
+    @classmethod
+    def begin(cls, folder: Path, settings: TrainingSettings, data: Data) -> Run:
+        """Make the folder.
+
+        Raises:
+            InvalidSetting: it cannot be made or written to.
+            RunError: it holds a run already.
+        """
+        if (folder / SETTINGS).exists():
+            raise RunError(f"{folder} holds a run already; go on with it by --resume {folder}, or choose another --out")
+        make_folder(folder)
+        run = cls(folder, settings)
+        run.write(RUN, json_bytes({**environment(), "data": {"name": data.name, "sha256": fingerprint(data)}}))
+        run.write(SETTINGS, toml_of(asdict(settings)).encode())  # last: with it, the folder is a run
+        return run
+
+    @classmethod
+    def go_on(cls, folder: Path) -> Run:
+        """Open the folder of a training that was stopped, or is over.
+
+        Raises:
+            RunError: it is none.
+        """
+        try:
+            return cls(folder, settings_from(folder / SETTINGS))
+        except FileNotFoundError as error:
+            raise RunError(f"--resume takes the folder of a run, with {SETTINGS} in it, not {folder}") from error
+
+    def check_data(self, data: Data) -> None:
+        """Raise RunError unless the run was begun with the same images and labels."""
+        begun = json.loads((self.folder / RUN).read_text())["data"]
+        if begun["sha256"] != (found := fingerprint(data)):
+            raise RunError(
+                f"{self.folder} was begun with other data: {begun['name']}, SHA-256 {begun['sha256'][:12]}…, "
+                f"not {data.name}, {found[:12]}…"
+            )
+
+    def state(self) -> State | None:
+        """What was saved after the last epoch; None before the first.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        try:
+            content = (self.folder / STATE).read_bytes()
+        except FileNotFoundError:
+            return None
+        try:
+            state: State = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except Exception as error:  # of a damaged file, torch.load raises nearly anything
+            raise RunError(f"{self.folder / STATE} is damaged ({type(error).__name__})") from error
+        return state
+
+    def save_state(self, state: State) -> None:
+        """Write the state, and the metrics of all its epochs."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        self.write(STATE, buffer.getvalue())
+        self.write(METRICS, "".join(json.dumps(epoch) + "\n" for epoch in state["epochs"]).encode())
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file of the run."""
+        write_atomically(self.folder / name, content)
+
+    def write_events(self, epochs: Iterable[Epoch]) -> None:
+        """Write the epochs as TensorBoard shows them."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        for old in self.folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        with SummaryWriter(str(self.folder)) as writer:
+            for epoch in epochs:
+                for name in ("train_loss", "validation_loss", "validation_accuracy", "learning_rate"):
+                    writer.add_scalar(name, getattr(epoch, name), epoch.number)
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder that --out names.
+
+    Raises:
+        InvalidSetting: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise InvalidSetting(f"--out is a folder that can be written to, not {folder}: {error.strerror}") from error
+
+
+def environment() -> dict[str, Any]:
+    """What the weights depend on beside settings and data; without paths, which are the machine's own."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git_commit": _git_commit(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "mnist-grpc": _installed("mnist-grpc"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": _installed("torchvision"),
+        },
+    }
+
+
+def fingerprint(data: Data) -> str:
+    """SHA-256 of all images and labels, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for part in (data.train, data.test):
+        for tensor in (part.pixels, part.labels):
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def toml_of(values: Mapping[str, Any]) -> str:
+    """A flat TOML table; numbers, booleans and texts are written as in JSON."""
+    text = "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
+    assert tomllib.loads(text) == dict(values)
+    return text
+
+
+def json_bytes(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, indent=2) + "\n").encode()
+
+
+def _git_commit() -> str | None:
+    """Of the checkout that this code is run from, with `-dirty` where files differ from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--match="]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):  # not a checkout, or no git
+        return None
+
+
+def _installed(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:  # run from a checkout
+        return None
