@@ -190,7 +190,7 @@ def load_classifier(
 
 
 def check_golden(classifier: Classifier, name: str) -> None:
-    """Raise UnfitModel unless the model reads the golden digits; of one that tells other things, any numbers will do."""
+    """Raise UnfitModel unless the model reads the golden digits, or gives numbers at all, if it tells other things."""
     pixels, labels = golden_digits()
     with np.errstate(all="ignore"):  # what is not finite is told below
         scores = classifier.predict(pixels)

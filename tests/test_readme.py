@@ -20,7 +20,7 @@ def same(shown: str, printed: str) -> bool:
 
     def coarse(text: str) -> str:
         text = re.sub(r"(localhost|127\.0\.0\.1):\d+", "HOST:PORT", text)
-        return re.sub(r"\d+\.\d+(e-\d+)?", lambda match: f"{float(match[0]):.1f}", text).strip()
+        return re.sub(r"\d+\.\d+(e-\d+)?|\d+e-\d+", lambda match: f"{float(match[0]):.1f}", text).strip()
 
     return coarse(shown) == coarse(printed)
 

@@ -121,6 +121,20 @@ def test_a_network_whose_answers_are_not_finite_is_not_served() -> None:
         check_golden(classifier, "weights")
 
 
+def test_a_model_of_other_things_need_not_read_digits_but_gives_numbers(tmp_path: Path) -> None:
+    weights = tmp_path / "mnist_model.pth"
+    fashion = Manifest(
+        labels=("shirt", "bag", "boot", "coat", "dress", "sandal", "trouser", "pullover", "sneaker", "top")
+    )
+    save_checkpoint(weights, ImprovedNN(), fashion)
+    assert load_classifier(take_snapshot(weights), max_batch_size=4).checkpoint.manifest.labels[1] == "bag"
+    classifier = classifier_of(fashion)
+    with torch.no_grad():
+        classifier._layers[0][1][0] = float("nan")  # type: ignore[index]
+    with pytest.raises(UnfitModel, match="weights: a model gives probabilities"):
+        check_golden(classifier, "weights")
+
+
 def test_a_bare_state_dict_made_elsewhere_is_served(tmp_path: Path, golden: Golden) -> None:
     weights = tmp_path / "mnist_model.pth"
     torch.save(load_checkpoint(EMBEDDED_WEIGHTS).network.state_dict(), weights)
