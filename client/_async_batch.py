@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from client import _core, _fork, _request_id
@@ -40,10 +43,17 @@ async def exchange(
         with _request_id.bound(request_id), call() as seconds:
             return chunk, stub.Classify(pb.ClassifyRequest(pixels=chunk.pixels), timeout=seconds)
 
+    # A thread of its own: an iterable that waits, for a queue perhaps, must not take those of the loop.
+    thread = ThreadPoolExecutor(1, thread_name_prefix="batch-images")
+    context = contextvars.copy_context()
+
+    async def in_thread(function: Callable[..., Chunk | None], *arguments: Any) -> Chunk | None:
+        return await asyncio.get_running_loop().run_in_executor(thread, partial(context.run, function, *arguments))
+
     async def next_chunk() -> Chunk | None:
         if source is not None and (taken := await _take(source, chunks)):
-            return await asyncio.to_thread(chunks.prepare, taken)
-        return await asyncio.to_thread(next, chunks, None)
+            return await in_thread(chunks.prepare, taken)
+        return await in_thread(next, chunks, None)
 
     try:
         while True:
@@ -79,6 +89,7 @@ async def exchange(
     finally:
         bar.close()
         chunks.close()
+        thread.shutdown(wait=False, cancel_futures=True)
         if os.getpid() != process:  # they are the parent's
             sent.clear()
         for _, under_way in sent:

@@ -451,3 +451,28 @@ def test_ten_thousand_images_of_mnist_are_read_alike_in_a_list_and_in_an_array(
     one = np.array(labels(twin.classify_batch(images)))
     assert labels(twin.classify_batch(list(images))) == one.tolist()
     assert (one == mnist["t10k-labels"]).mean() > 0.98
+
+
+async def test_iterables_that_wait_keep_nobody_else_from_a_thread(
+    server_address: str, golden_files: list[bytes]
+) -> None:
+    png = golden_files[0]
+    go, all_wait = threading.Event(), asyncio.Event()
+    numbers, loop = itertools.count(1), asyncio.get_running_loop()
+
+    def waiting() -> Iterator[bytes]:
+        yield png
+        if next(numbers) == 50:
+            loop.call_soon_threadsafe(all_wait.set)
+        assert go.wait(20)
+        yield png
+
+    async with client.AsyncClient(server_address) as shared:
+        batches = [asyncio.ensure_future(shared.classify_batch(waiting())) for _ in range(50)]
+        async with asyncio.timeout(20):
+            await all_wait.wait()
+        alone = await shared.classify(png)  # which is decoded in a thread
+        assert not any(batch.done() for batch in batches)
+        go.set()
+        for predictions in await asyncio.gather(*batches):
+            assert [prediction.digit for prediction in predictions] == [alone.digit] * 2
