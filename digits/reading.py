@@ -36,6 +36,9 @@ MIN_CONTRAST = 16
 DECODED_SIDE = 400
 """A JPEG is decoded at the smallest scale of 1, 1/2, 1/4 and 1/8 at which both sides are at least this."""
 
+DEEP_SCALES = (255, 1023, 4095, 16383, 65535)
+"""White, in images of more than 8 bits: the first of these that no pixel exceeds."""
+
 GreyImage: TypeAlias = npt.NDArray[np.uint8]
 ImageLike: TypeAlias = (
     str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | npt.NDArray[Any]
@@ -171,12 +174,16 @@ def _over(image: Image.Image, background: int) -> GreyImage:
 
 
 def _grey_of_deep(image: Image.Image) -> GreyImage:
-    """Grey of 16- or 32-bit integers (full scale 65535 if above 255) or floats (1 or 255)."""
+    """Grey of 16- or 32-bit integers, whose full scale is that of 8, 10, 12, 14 or 16 bits, or floats (1 or 255).
+
+    Cameras and scanners write 10 to 14 bits into files of 16.
+    """
     values = np.asarray(image, dtype=np.float64)
     if not np.isfinite(values).all():
         raise InvalidImage(f"an image of mode {image.mode} has finite values, this one holds NaN or infinity")
+    peak = float(values.max())
     if image.mode == "F":
-        scale = 255.0 if values.max() <= 1 else 1.0
+        scale = 255.0 if peak <= 1 else 1.0
     else:
-        scale = 1 / 257 if image.mode.startswith("I;16") or values.max() > 255 else 1.0
+        scale = 255 / next((full for full in DEEP_SCALES if peak <= full), DEEP_SCALES[-1])
     return np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)

@@ -248,11 +248,24 @@ def test_a_transparent_colour_of_a_palette_is_paper(three: Pixels) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "scale"),
-    [(np.uint16, 257), (np.int32, 257), (np.int32, 1), (np.float32, 1), (np.float32, 1 / 255)],
-    ids=["I;16 to 65535", "I to 65535", "I to 255", "F to 255", "F to 1"],
+    [
+        (np.uint16, 257),
+        (np.uint16, 16383 / 255),
+        (np.uint16, 4095 / 255),
+        (np.uint16, 1023 / 255),
+        (np.uint16, 1),
+        (np.int32, 257),
+        (np.int32, 1),
+        (np.float32, 1),
+        (np.float32, 1 / 255),
+    ],
+    ids=["16 bits", "14 bits", "12 bits", "10 bits", "8 of 16", "I to 65535", "I to 255", "F to 255", "F to 1"],
 )
 def test_a_deep_image_is_scaled_to_255(dtype: type[np.generic], scale: float, three: Pixels) -> None:
-    np.testing.assert_array_equal(to_pixels(Image.fromarray((three * float(scale)).astype(dtype))), three)
+    np.testing.assert_array_equal(
+        to_pixels(Image.fromarray((np.rint(three * float(scale)) if scale >= 1 else three * scale).astype(dtype))),
+        three,
+    )
 
 
 @pytest.mark.parametrize("mode", ["RGB", "CMYK", "YCbCr", "HSV", "LA", "RGBA", "RGBa", "P", "I", "F"])
