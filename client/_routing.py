@@ -246,24 +246,24 @@ class _RoutedFuture(concurrent.futures.Future[Any]):
         self._arguments = arguments
         self._deadline = _deadline(arguments["timeout"])
         self._tried: set[int] = set()
-        self._inner: Any = None
+        self.inner: Any = None  # gRPC's call
         router.wait_for_a_server(self._deadline)
         self._ask()
 
     def cancel(self) -> bool:
         cancelled = super().cancel()
-        self._inner.cancel()
+        self.inner.cancel()
         return cancelled
 
     def _ask(self) -> None:
         number = self._router.take(self._tried)
         self._tried.add(self._router.links[number].server)
         try:
-            self._inner = self._calls[number].future(self._request, **_remaining(self._arguments, self._deadline))
+            self.inner = self._calls[number].future(self._request, **_remaining(self._arguments, self._deadline))
         except BaseException:
             self._router.give_back(number)
             raise
-        self._inner.add_done_callback(lambda call: self._end(number, call))
+        self.inner.add_done_callback(lambda call: self._end(number, call))
 
     def _end(self, number: int, call: Any) -> None:
         self._router.give_back(number)

@@ -8,8 +8,9 @@ import itertools
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 import numpy as np
@@ -18,7 +19,8 @@ import pytest
 from PIL import Image
 
 import client
-from client._batch import FIRST_IMAGES, MESSAGES_IN_FLIGHT, MOST_IMAGES, Chunk, Chunks
+from client._batch import FIRST_IMAGES, MESSAGES_IN_FLIGHT, MOST_IMAGES, Chunk, Chunks, progress_bar
+from client._sync_batch import exchange
 from digits.preprocessing import to_pixels
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 
@@ -476,3 +478,38 @@ async def test_iterables_that_wait_keep_nobody_else_from_a_thread(
         go.set()
         for predictions in await asyncio.gather(*batches):
             assert [prediction.digit for prediction in predictions] == [alone.digit] * 2
+
+
+def test_leaving_waits_until_grpc_has_let_go_of_the_calls(digits: list[GreyImage]) -> None:
+    """As a program that ends while gRPC's thread holds the lock of a call would hang."""
+    let_go: list[int] = []
+
+    class Call:
+        def __init__(self) -> None:
+            self.callbacks: list[Callable[[Any], None]] = []
+
+        def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+            self.callbacks.append(callback)
+
+        def cancel(self) -> None:
+            threading.Timer(0.05, self.end).start()
+
+        def result(self) -> None:
+            raise KeyboardInterrupt
+
+        def end(self) -> None:
+            let_go.append(1)
+            for callback in self.callbacks:
+                callback(self)
+
+    class Stub:
+        class Classify:
+            @staticmethod
+            def future(request: pb.ClassifyRequest, timeout: float) -> Call:
+                return Call()
+
+    images = Chunks(digits * 50)
+    answers = exchange(images, cast(Any, Stub), lambda: nullcontext(1.0), 4, "nowhere", progress_bar(False, images))
+    with pytest.raises(KeyboardInterrupt):
+        next(answers)
+    assert let_go == [1] * 4
