@@ -9,7 +9,6 @@ better; 2: a flag is wrong; 130: interrupted.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shlex
 import sys
@@ -39,10 +38,9 @@ from trainer.datasets import load_data
 from trainer.evaluation import Evaluation, evaluation_of, read
 from trainer.flags import WEIGHTS, evaluation_parser, given_settings, promotion_parser, settings_of, training_parser
 from trainer.promotion import NotPromoted, promote
-from trainer.ranks import Ranks, joined
 from trainer.run import Run, RunError, environment, json_bytes, make_folder
 from trainer.settings import InvalidSetting, TrainingSettings
-from trainer.training import Epoch, State, Training, TrainingDiverged, train
+from trainer.training import Epoch, Training, TrainingDiverged, train
 
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], Callable[[], argparse.ArgumentParser]]]
 
@@ -78,29 +76,16 @@ class Interrupted(Exception):
 
 
 def _run_training(options: argparse.Namespace) -> None:
-    begun = settings_of(options) if options.resume is None else _begun_settings(options)
-    with joined(begun.device) as (ranks, device):
-        settings = dataclasses.replace(begun, device=device)
-        _prepare(options.threads, device)
-        data = _load(settings.dataset, options)
-        if options.resume is not None:
-            run = Run.go_on(options.resume)
-            run.check_data(data)
-        elif ranks.is_first:
-            out = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-            run = Run.begin(out, begun, data)  # now, and not after minutes of training
-        state = None if options.resume is None else run.state()
-        if not ranks.is_first:
-            train(settings, data, state=state, ranks=ranks)
-            return
-        training = _train(settings, data, run, state, ranks, options)
-        _write_results(run, data, training)
-
-
-def _train(
-    settings: TrainingSettings, data: Data, run: Run, state: State | None, ranks: Ranks, options: argparse.Namespace
-) -> Training:
-    """Train, tell of it on the terminal, and keep what is needed to go on."""
+    settings = settings_of(options) if options.resume is None else _begun_settings(options)
+    _prepare(options.threads, settings.device)
+    data = _load(settings.dataset, options)
+    if options.resume is None:
+        out = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+        run = Run.begin(out, settings, data)  # now, and not after minutes of training
+    else:
+        run = Run.go_on(options.resume)
+        run.check_data(data)
+    state = run.state()
 
     def progress(steps: Iterable[int], epoch: int) -> Iterable[int]:
         # None: silent where stderr is no terminal.
@@ -113,17 +98,13 @@ def _train(
     for epoch in state["epochs"] if state else []:
         on_epoch(Epoch(**epoch))
     try:
-        return train(settings, data, on_epoch, progress, state=state, on_state=run.save_state, ranks=ranks)
+        training = train(settings, data, on_epoch, progress, state=state, on_state=run.save_state)
     except KeyboardInterrupt:
         raise Interrupted(
             f"interrupted; what was learnt up to the last whole epoch is kept. Go on:\n"
             f"python -m trainer --resume {shlex.quote(str(run.folder))} --data-dir {shlex.quote(str(options.data_dir))}"
         ) from None
 
-
-def _write_results(run: Run, data: Data, training: Training) -> None:
-    """Measure the weights on the test images, and write them with all that there is to tell."""
-    settings = run.settings
     validation = split(data.train, settings.validation_size, settings.seed)[1]
     temperature = fit_temperature(read(training.network, validation.pixels), validation.labels)
     logits = read(training.network, data.test.pixels)

@@ -23,17 +23,11 @@ from trainer.augmentation import augment
 from trainer.data import DIGITS, Data, split
 from trainer.evaluation import evaluate, to_features
 from trainer.handwriting import draw
-from trainer.ranks import Ranks
 from trainer.scaling import fold, scaling_for
 from trainer.settings import TrainingSettings
 
 DRAWINGS_PER_IMAGE = 0.5
 """So many digits are drawn before the first epoch; each batch takes some of them, deformed anew."""
-
-ALONE = Ranks()
-
-RANK_SEEDS = 1_000_003
-"""Between the seeds of processes that train together."""
 
 AVERAGING_BEGINS = 100
 """Steps after which the running mean keeps half of itself; so it does not hold on to the first weights."""
@@ -106,7 +100,6 @@ def train(
     *,
     state: State | None = None,
     on_state: Callable[[State], None] = lambda state: None,
-    ranks: Ranks = ALONE,
 ) -> Training:
     """Train a new network on `data.train` and return the best of its epochs.
 
@@ -120,8 +113,6 @@ def train(
         state: what `on_state` was given last, to go on from there.
         on_state: is given the state after each epoch, before `on_epoch` is told;
             what it keeps has to be copied or written at once.
-        ranks: with whom to train; each of these processes makes the same call,
-            and gets the same weights.
 
     Raises:
         DataError: fewer images than `validation_size` demands.
@@ -130,7 +121,7 @@ def train(
     devices = [] if settings.device in ("cpu", "mps") else [torch.device(settings.device)]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(settings.seed)
-        loop = _Loop(settings, data, ranks)
+        loop = _Loop(settings, data)
         if state is not None:
             loop.go_on_from(state)
         while not loop.is_over:
@@ -143,9 +134,8 @@ def train(
 class _Loop:
     """A training between its epochs."""
 
-    def __init__(self, settings: TrainingSettings, data: Data, ranks: Ranks) -> None:
+    def __init__(self, settings: TrainingSettings, data: Data) -> None:
         self._settings = settings
-        self._ranks = ranks
         self._images, self._validation = split(data.train, settings.validation_size, settings.seed)
         self._network = ARCHITECTURES[settings.architecture]().to(settings.device)
         self._optimizer = torch.optim.SGD(
@@ -160,13 +150,9 @@ class _Loop:
         drawn = settings.drawn if data.labels == DIGITS else 0.0
         self._drawings = draw(math.ceil(DRAWINGS_PER_IMAGE * len(self._images))) if drawn else None
         self._from_data = max(1, round(settings.batch_size * (1 - drawn)))  # images of a batch
-        self._drawn = settings.batch_size - self._from_data if drawn else 0
         self._steps = math.ceil(len(self._images) / self._from_data)
         self._epochs: list[Epoch] = []
         self._best_network: nn.Module = self._network
-        self._shared = ranks.together(self._network)
-        if not ranks.is_first:  # up to here, all have drawn the same; from now on, each deforms images its own way
-            torch.manual_seed(settings.seed + RANK_SEEDS * ranks.number)
 
     @property
     def is_over(self) -> bool:
@@ -188,8 +174,8 @@ class _Loop:
             "best": self._best_network.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "epochs": [asdict(epoch) for epoch in self._epochs],
-            "random": self._ranks.all_of(torch.get_rng_state()),
-            "device_random": self._ranks.all_of(self._device_random_state()),
+            "random": torch.get_rng_state(),
+            "device_random": self._device_random_state(),
         }
 
     def go_on_from(self, state: State) -> None:
@@ -199,26 +185,26 @@ class _Loop:
         self._best_network.load_state_dict(state["best"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._epochs = [Epoch(**epoch) for epoch in state["epochs"]]
-        torch.set_rng_state(state["random"][self._ranks.number])
-        if self._settings.device.startswith("cuda"):
-            torch.cuda.set_rng_state(state["device_random"][self._ranks.number], self._settings.device)
+        torch.set_rng_state(state["random"])
+        if state["device_random"] is not None:
+            torch.cuda.set_rng_state(state["device_random"], self._settings.device)
 
-    def _device_random_state(self) -> Tensor:
+    def _device_random_state(self) -> Tensor | None:
         device = self._settings.device
-        return torch.cuda.get_rng_state(device) if device.startswith("cuda") else torch.empty(0)
+        return torch.cuda.get_rng_state(device) if device.startswith("cuda") else None
 
     def run_epoch(self, progress: Callable[[Iterable[int], int], Iterable[int]]) -> Epoch:
         """Pass over the training images once, then validate."""
         started = time.perf_counter()
         number = len(self._epochs) + 1
         self._network.train()
-        order = self._ranks.agreed(torch.randperm(len(self._images)))
+        order = torch.randperm(len(self._images))
         total_loss = rate = 0.0
         for step in progress(range(self._steps), number):
             taken = (number - 1) * self._steps + step
             rate = learning_rate_at(taken, self._steps, self._settings)
             rows = order[step * self._from_data : (step + 1) * self._from_data]
-            loss = self._step(*self._batch(rows), rate, len(rows) + self._drawn)
+            loss = self._step(*self._batch(rows), rate)
             total_loss += _finite(loss, f"epoch {number}, step {step + 1} of {self._steps}", self._settings)
             _average(self._averaged, self._network, min(self._settings.averaging, taken / (taken + AVERAGING_BEGINS)))
 
@@ -234,7 +220,7 @@ class _Loop:
             Epoch(
                 number=number,
                 learning_rate=rate,
-                train_loss=self._ranks.mean(total_loss / self._steps),
+                train_loss=total_loss / self._steps,
                 validation_loss=result.loss,
                 validation_accuracy=result.accuracy,
                 seconds=time.perf_counter() - started,
@@ -244,27 +230,21 @@ class _Loop:
         return self._epochs[-1]
 
     def _batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """This process's share of a batch: these of the images and some drawings, all deformed.
-
-        Returns features `float32[n, 784]` and labels `int64[n]`.
-        """
-        rows = self._ranks.share(rows)
+        """Features `float32[n, 784]` and labels `int64[n]`: these of the images and some drawings, all deformed."""
         pixels, labels = self._images.pixels[rows], self._images.labels[rows]
         if self._drawings is not None:
-            others = torch.randint(len(self._drawings[1]), (self._ranks.count(self._drawn),))
+            others = torch.randint(len(self._drawings[1]), (self._settings.batch_size - self._from_data,))
             pixels = torch.cat([pixels, self._drawings[0][others]])
             labels = torch.cat([labels, self._drawings[1][others]])
         if self._settings.augment:
             pixels = augment(pixels)
         return to_features(pixels, *self._scaling).to(self._settings.device), labels.to(self._settings.device)
 
-    def _step(self, features: Tensor, labels: Tensor, rate: float, size: int) -> float:
-        """Move the weights once; return the loss before, as the mean over a batch of so many images in all."""
+    def _step(self, features: Tensor, labels: Tensor, rate: float) -> float:
+        """Move the weights once; return the loss before."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        loss = F.cross_entropy(self._shared(features), labels)
-        if self._ranks.size > 1:  # their shares differ by an image, and the mean over all is to be that of the batch
-            loss = loss * (len(labels) * self._ranks.size / size)
+        loss = F.cross_entropy(self._network(features), labels)
         self._optimizer.zero_grad()
         torch.autograd.backward(loss)
         self._optimizer.step()
