@@ -93,7 +93,8 @@ class SyncStream:
         self._leaving.wait()
         with self._lock:
             call = self._call
-        _core.end_call(call)
+        if (cancel := getattr(call, "cancel", None)) is not None:
+            cancel()
 
     def _wake_all(self) -> None:
         for bell in (self._room, self._calling, self._sending, self._results):

@@ -213,6 +213,40 @@ def test_a_stream_through_an_interceptor_that_gives_a_generator_ends_as_others_d
         list(digits_client.stream_classify(digits, timeout=0.3))
 
 
+def test_a_generator_in_place_of_a_call_is_closed_by_none_but_the_thread_that_is_in_it(
+    fakes: Fakes, digits: list[GreyImage]
+) -> None:
+    took, closed = set(), set()
+    over = threading.Event()
+
+    class Answers:
+        def __init__(self, call: Any) -> None:
+            self._call = call
+
+        def __iter__(self) -> Any:
+            return self
+
+        def __next__(self) -> Any:
+            took.add(threading.get_ident())
+            return next(self._call)
+
+        def close(self) -> None:
+            closed.add(threading.get_ident())
+            self._call.cancel()
+            over.set()
+
+    class InObjects(grpc.StreamStreamClientInterceptor):
+        def intercept_stream_stream(self, continuation: Any, details: Any, requests: Any) -> Any:
+            return Answers(continuation(details, requests))
+
+    with client.Client(fakes.serve(), interceptors=[InObjects()]) as digits_client:
+        results = digits_client.stream_classify(itertools.repeat(digits[7]))
+        next(results)
+        results.close()
+        assert over.wait(20)
+    assert closed == took
+
+
 # client.classify ------------------------------------------------------------
 
 
