@@ -27,7 +27,7 @@ import grpc
 SETTLE_SECONDS = 0.05
 """Before a fork right after a channel was closed, whose threads are still ending: of 36 children made then one hung.
 And before each with grpcio below 1.57, which in 4 of 10 forks right after a call waited for a thread of its own that
-waited for the forking one; with 0.02 s between in none."""
+waited for the forking one; with 0.02 s between in none. And so long a thread that is still in gRPC is waited for."""
 
 _INSTEAD = 'start the process with multiprocessing\'s "spawn", or fork before the first call'
 
@@ -102,7 +102,10 @@ def _before() -> None:
     global _was_busy
     if grpc_version() < (1, 57) or time.monotonic() - _closed_at < SETTLE_SECONDS:
         time.sleep(SETTLE_SECONDS)
-    _was_busy = _threads_are_in_grpc()
+    until = time.monotonic() + SETTLE_SECONDS
+    while (busy := _threads_are_in_grpc()) and time.monotonic() < until:
+        time.sleep(0.002)  # it may be a thread of gRPC's that is still ending, after a call that is over
+    _was_busy = busy
 
 
 def _in_child() -> None:
