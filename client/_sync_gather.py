@@ -159,7 +159,11 @@ class SyncGather:
             results = self._exchange(members)
         except Exception as error:
             too_long = _core.is_too_long(error, len(members))
-            results = [_core.error_of_member(error, self._target, caller.timeout) for caller in members]
+            results = [
+                # Who was left out of the message is not concerned.
+                _NotCanonical() if caller.unsure else _core.error_of_member(error, self._target, caller.timeout)
+                for caller in members
+            ]
         try:
             with self._lock:
                 if too_long:

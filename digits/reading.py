@@ -161,7 +161,7 @@ def _grey_of_pil(image: Image.Image) -> GreyImage:
     if image.mode.startswith("I") or image.mode == "F":
         return _grey_of_deep(image)
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         grey = _over(image, 255)
         # White ink on nothing is invisible over white.
         return grey if np.ptp(grey) >= MIN_CONTRAST else _over(image, 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -298,6 +299,25 @@ def test_a_bad_image_that_seems_canonical_is_told_by_its_own_error(
         calls[0].result()
     assert [call.result().digit for call in calls[1:]] == [0, 0]
     assert sorted(company.sent) == sorted(image.tobytes() for image in digits[2:4])
+
+
+def test_who_is_left_out_of_a_message_is_not_told_its_error(
+    company: Company, digits: list[GreyImage], movable: list[GreyImage]
+) -> None:
+    gather = company.client._open().gather
+    lone, moved = (
+        _sync_gather._Caller(image.tobytes(), LONG, time.monotonic(), unsure=True) for image in (digits[1], movable[0])
+    )
+    moved.pixels = off_center(movable[0]).tobytes()
+    company.fails = True
+    with gather._lock:
+        for caller in (lone, moved):
+            gather._gathering.join(caller)
+        members = gather._gathering.cut()
+    assert members == [lone, moved]
+    gather._send(lone, members)
+    assert isinstance(lone.result, client.UnavailableError)
+    assert isinstance(moved.result, _sync_gather._NotCanonical), "it goes on, to be prepared and sent by itself"
 
 
 def test_calls_with_images_to_prepare_keep_to_their_time(company: Company, movable: list[GreyImage]) -> None:
