@@ -181,12 +181,10 @@ class SyncGather:
                     _wake(caller)
 
     def _exchange(self, members: list[_Caller]) -> list[Prediction | _NotCanonical]:
-        good = _judge(members)
-        if all(good):
-            return [*self._ask(members)]
-        sent = [caller for caller, is_good in zip(members, good, strict=True) if is_good]
+        _judge(members)
+        sent = [caller for caller in members if not caller.unsure]
         predictions = iter(self._ask(sent) if sent else ())
-        return [next(predictions) if is_good else _NotCanonical() for is_good in good]
+        return [_NotCanonical() if caller.unsure else next(predictions) for caller in members]
 
     def _ask(self, members: list[_Caller]) -> list[Prediction]:
         request = pb.ClassifyRequest(pixels=b"".join([caller.pixels for caller in members]))
@@ -216,14 +214,13 @@ class SyncGather:
             self._appoint()
 
 
-def _judge(members: list[_Caller]) -> list[bool]:
-    """Whose pixels are canonical."""
+def _judge(members: list[_Caller]) -> None:
+    """Make sure of those whose pixels are canonical."""
     unsure = [caller for caller in members if caller.unsure]
     if unsure:
         images = np.frombuffer(b"".join([caller.pixels for caller in unsure]), np.uint8).reshape(-1, SIDE, SIDE)
         for caller, is_canonical in zip(unsure, are_canonical(images).tolist(), strict=True):
             caller.unsure = not is_canonical
-    return [not caller.unsure for caller in members]
 
 
 _deadline = attrgetter("deadline")

@@ -1,4 +1,4 @@
-"""Whether a model is right as often as it says: temperature, calibration error, abstention.
+"""Whether a model is right as often as it says: temperature, calibration error, coverage.
 
 Takes logits and labels; knows nothing of networks or files.
 """

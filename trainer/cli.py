@@ -33,7 +33,7 @@ from digits.checkpoint import (
 from trainer import report
 from trainer.augmentation import Augmentation
 from trainer.calibration import coverage, fit_temperature, reliability
-from trainer.data import Data, DataError, LabelledPixels, split
+from trainer.data import Data, DataError, LabelledPixels
 from trainer.datasets import load_data
 from trainer.evaluation import Evaluation, evaluation_of, read
 from trainer.flags import WEIGHTS, evaluation_parser, given_settings, promotion_parser, settings_of, training_parser
@@ -41,8 +41,6 @@ from trainer.promotion import NotPromoted, promote
 from trainer.run import Run, RunError, environment, json_bytes, make_folder
 from trainer.settings import InvalidSetting, TrainingSettings
 from trainer.training import Epoch, Training, TrainingDiverged, train
-
-COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], Callable[[], argparse.ArgumentParser]]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,14 +74,15 @@ class Interrupted(Exception):
 
 
 def _run_training(options: argparse.Namespace) -> None:
-    settings = settings_of(options) if options.resume is None else _begun_settings(options)
+    begun = None if options.resume is None else _begun_run(options)
+    settings = settings_of(options) if begun is None else begun.settings
     _prepare(options.threads, settings.device)
     data = _load(settings.dataset, options)
-    if options.resume is None:
+    if begun is None:
         out = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
         run = Run.begin(out, settings, data)  # now, and not after minutes of training
     else:
-        run = Run.go_on(options.resume)
+        run = begun
         run.check_data(data)
     state = run.state()
 
@@ -105,7 +104,7 @@ def _run_training(options: argparse.Namespace) -> None:
             f"python -m trainer --resume {shlex.quote(str(run.folder))} --data-dir {shlex.quote(str(options.data_dir))}"
         ) from None
 
-    validation = split(data.train, settings.validation_size, settings.seed)[1]
+    validation = training.validation
     temperature = fit_temperature(read(training.network, validation.pixels), validation.labels)
     logits = read(training.network, data.test.pixels)
     test = evaluation_of(logits, data.test.labels)
@@ -127,7 +126,7 @@ def _run_training(options: argparse.Namespace) -> None:
         "Weights": f"{WEIGHTS}, SHA-256 {sha256}",
     } | {name.replace("_", " ").capitalize(): value for name, value in asdict(settings).items()}
     pictures = {"Learning curves": report.draw_curves(training.epochs)}
-    pictures |= _pictures(data.name, data.test, logits, temperature)
+    pictures |= _pictures(data.name, data.test, logits, temperature, test)
     _write_all(run.folder, f"{settings.architecture} on {data.name}", facts, test, pictures)
     run.write("metrics.json", json_bytes(report.training_record(training.epochs, test)))
     run.write_events(training.epochs)
@@ -142,15 +141,15 @@ def _run_training(options: argparse.Namespace) -> None:
     )
 
 
-def _begun_settings(options: argparse.Namespace) -> TrainingSettings:
-    """Those of the run that goes on."""
+def _begun_run(options: argparse.Namespace) -> Run:
+    """The run that goes on, if no flag asks for another."""
     if options.out is not None or options.config is not None or options.recipe != "best":
         raise InvalidSetting("--resume goes on in its own folder with its own settings: no --out, --config or --recipe")
-    settings = Run.go_on(options.resume).settings
+    run = Run.go_on(options.resume)
     for name, value in given_settings(options).items():
-        if value != (begun := getattr(settings, name)):
+        if value != (begun := getattr(run.settings, name)):
             raise InvalidSetting(f"--resume goes on as begun, with --{name.replace('_', '-')} {begun}, not {value}")
-    return settings
+    return run
 
 
 def _provenance(settings: TrainingSettings, training: Training, test: Evaluation) -> dict[str, Any]:
@@ -196,7 +195,7 @@ def _run_evaluation(options: argparse.Namespace) -> None:
             "Expected calibration error": f"{error:.4f}",
             "Weights": f"{options.weights}, version {checkpoint.version}",
         }
-        pictures = _pictures(data.name, data.test, logits, manifest.temperature)
+        pictures = _pictures(data.name, data.test, logits, manifest.temperature, result)
         _write_all(options.out, f"{manifest.architecture} on {data.name}", facts, result, pictures)
         write_atomically(options.out / "evaluation.json", json_bytes(record))
 
@@ -210,7 +209,7 @@ def _run_promotion(options: argparse.Namespace) -> None:
     print(f", in place of {before.version}" if before else "")
 
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], Callable[[], argparse.ArgumentParser]]] = {
     "train": (_run_training, training_parser),
     "evaluate": (_run_evaluation, evaluation_parser),
     "promote": (_run_promotion, promotion_parser),
@@ -229,12 +228,14 @@ def _load(dataset: str, options: argparse.Namespace) -> Data:
     )
 
 
-def _pictures(name: str, test: LabelledPixels, logits: Tensor, temperature: float) -> dict[str, bytes]:
+def _pictures(
+    name: str, test: LabelledPixels, logits: Tensor, temperature: float, result: Evaluation
+) -> dict[str, bytes]:
     """What there is to see of test images that were read, by its title."""
     logits = logits / temperature
     title = f"{name} test"
     return {
-        "Confusion": report.draw_confusion(evaluation_of(logits, test.labels), title),
+        "Confusion": report.draw_confusion(result, title),
         "Mistakes": report.draw_mistakes(test.pixels, test.labels, logits, title),
         "Calibration": report.draw_calibration(reliability(logits, test.labels), title),
         "Coverage": report.draw_coverage(*coverage(logits, test.labels), title),

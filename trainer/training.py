@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from digits.network import ARCHITECTURES
 from digits.preprocessing import MEAN, STD
 from trainer.augmentation import augment
-from trainer.data import DIGITS, Data, split
+from trainer.data import DIGITS, Data, LabelledPixels, split
 from trainer.evaluation import evaluate, to_features
 from trainer.handwriting import draw
 from trainer.scaling import fold, scaling_for
@@ -76,11 +76,15 @@ class Training:
     train_size: int
     """Images trained on."""
 
-    validation_size: int
-    """Images chosen by."""
+    validation: LabelledPixels
+    """The images chosen by, which were not trained on."""
 
     seconds: float
     """Wall time of the epochs."""
+
+    @property
+    def validation_size(self) -> int:
+        return len(self.validation)
 
     @property
     def best(self) -> Epoch:
@@ -253,7 +257,7 @@ class _Loop:
     def training(self) -> Training:
         seconds = sum(epoch.seconds for epoch in self._epochs)
         network = self._best_network.cpu().eval()
-        return Training(network, self._epochs, len(self._images), len(self._validation), seconds)
+        return Training(network, self._epochs, len(self._images), self._validation, seconds)
 
 
 @torch.no_grad()
