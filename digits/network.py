@@ -1,4 +1,4 @@
-"""The network, and nothing else: no data, no scaling, no softmax."""
+"""The networks, and nothing else: no data, no scaling, no softmax."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from digits.preprocessing import CLASSES, PIXELS
+from digits.preprocessing import CLASSES, PIXELS, SIDE
 
 HIDDEN_1 = 256
 HIDDEN_2 = 128
@@ -43,5 +43,44 @@ class ImprovedNN(nn.Module):
         return logits
 
 
-ARCHITECTURES: dict[str, type[nn.Module]] = {"ImprovedNN": ImprovedNN}
+class CNN(nn.Module):
+    """A convolutional network of 279,274 parameters, for whom half a percent of mistakes is too many.
+
+    Five convolutions (5x5, then 3x3 as in K. Simonyan, A. Zisserman, ICLR 2015)
+    with ReLU on 28x28, 14x14, 14x14, 7x7 and 7x7 pixels; the mean and the
+    largest value of each of the last 128 channels; dropout and one linear layer.
+    An image takes about 22 million multiplications, a hundred times as many as in
+    `ImprovedNN`. State-dict keys: `conv1.weight` ... `conv5.bias`, `fc.weight`,
+    `fc.bias`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 32, 5, padding=2)
+        self.conv2 = nn.Conv2d(32, 64, 3, padding=1)
+        self.conv3 = nn.Conv2d(64, 64, 3, padding=1)
+        self.conv4 = nn.Conv2d(64, 128, 3, padding=1)
+        self.conv5 = nn.Conv2d(128, 128, 3, padding=1)
+        self.fc = nn.Linear(2 * 128, CLASSES)
+        self.dropout = nn.Dropout(DROPOUT)
+        for name, parameter in self.named_parameters():
+            if name.endswith("weight"):
+                nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+            else:
+                nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits, `float32[n, 10]`, of features `float32[n, 784]`, or of any shape with 784 values a row."""
+        x = x.reshape(-1, 1, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)  # (n, 32, 14, 14)
+        x = F.relu(self.conv2(x))  # (n, 64, 14, 14)
+        x = F.max_pool2d(F.relu(self.conv3(x)), 2)  # (n, 64, 7, 7)
+        x = F.relu(self.conv4(x))  # (n, 128, 7, 7)
+        x = F.relu(self.conv5(x))  # (n, 128, 7, 7)
+        x = torch.cat([x.mean(dim=(2, 3)), x.amax(dim=(2, 3))], dim=1)  # (n, 256)
+        logits: Tensor = self.fc(self.dropout(x))  # (n, 10)
+        return logits
+
+
+ARCHITECTURES: dict[str, type[nn.Module]] = {"ImprovedNN": ImprovedNN, "CNN": CNN}
 """By the name that a manifest gives."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from digits.checkpoint import (
+    Checkpoint,
     InvalidCheckpoint,
     Manifest,
     load_checkpoint,
@@ -39,7 +40,7 @@ from trainer.evaluation import Evaluation, evaluation_of, read
 from trainer.flags import WEIGHTS, evaluation_parser, given_settings, promotion_parser, settings_of, training_parser
 from trainer.promotion import NotPromoted, promote
 from trainer.run import Run, RunError, environment, json_bytes, make_folder
-from trainer.settings import InvalidSetting, TrainingSettings
+from trainer.settings import RECIPES, InvalidSetting, TrainingSettings
 from trainer.training import Epoch, Training, TrainingDiverged, train
 
 
@@ -84,26 +85,59 @@ def _run_training(options: argparse.Namespace) -> None:
     else:
         run = begun
         run.check_data(data)
-    state = run.state()
+    training = _train(run, run.folder, data, _teachers(run, data, options), options)
+    _write_results(run, data, training)
+
+
+def _teachers(run: Run, data: Data, options: argparse.Namespace) -> list[Checkpoint]:
+    """The networks that the run's settings name; one that is to be trained first has a run in a folder of its own."""
+    teacher = run.settings.teacher
+    if teacher == "none":
+        return []
+    if teacher != "cnn":
+        return [load_checkpoint(path) for path in teacher.split(",")]
+    folder = run.folder / "teacher"
+    if not (folder / WEIGHTS).exists():
+        print("\nThe teacher, by --recipe cnn:", flush=True)
+        own = RECIPES["cnn"]
+        settings = TrainingSettings(
+            **own
+            | {name: getattr(run.settings, name) for name in ("dataset", "validation_size", "seed", "device")}
+            | {"epochs": min(own["epochs"], run.settings.epochs)}
+        )
+        teachers = Run.go_on(folder) if folder.exists() else Run.begin(folder, settings, data)
+        teachers.check_data(data)
+        _write_results(teachers, data, _train(teachers, run.folder, data, [], options))
+    return [load_checkpoint(folder / WEIGHTS)]
+
+
+def _train(run: Run, whole: Path, data: Data, teachers: list[Checkpoint], options: argparse.Namespace) -> Training:
+    """Train, or go on, with a line for each epoch; `whole` is the run that an interrupted one is a part of."""
+    settings, state = run.settings, run.state()
 
     def progress(steps: Iterable[int], epoch: int) -> Iterable[int]:
         # None: silent where stderr is no terminal.
-        return tqdm(steps, desc=f"epoch {epoch}/{settings.epochs}", unit=" steps", leave=False, disable=None)
+        what = f"epoch {epoch}/{settings.epochs}" if epoch else "the teacher's answers"
+        return tqdm(steps, desc=what, unit=" steps", leave=False, disable=None)
 
     def on_epoch(epoch: Epoch) -> None:
         print(report.log_line(epoch, settings.epochs), flush=True)
 
-    print(report.LOG_HEADER, flush=True)
+    print(f"\n{report.LOG_HEADER}" if teachers else report.LOG_HEADER, flush=True)
     for epoch in state["epochs"] if state else []:
         on_epoch(Epoch(**epoch))
     try:
-        training = train(settings, data, on_epoch, progress, state=state, on_state=run.save_state)
+        return train(settings, data, on_epoch, progress, teachers=teachers, state=state, on_state=run.save_state)
     except KeyboardInterrupt:
         raise Interrupted(
             f"interrupted; what was learnt up to the last whole epoch is kept. Go on:\n"
-            f"python -m trainer --resume {shlex.quote(str(run.folder))} --data-dir {shlex.quote(str(options.data_dir))}"
+            f"python -m trainer --resume {shlex.quote(str(whole))} --data-dir {shlex.quote(str(options.data_dir))}"
         ) from None
 
+
+def _write_results(run: Run, data: Data, training: Training) -> None:
+    """Measure on the test images, and write the weights and all there is to tell."""
+    settings = run.settings
     validation = training.validation
     temperature = fit_temperature(read(training.network, validation.pixels), validation.labels)
     logits = read(training.network, data.test.pixels)

@@ -39,8 +39,8 @@ def training_parser() -> argparse.ArgumentParser:
         "--recipe",
         choices=list(RECIPES),
         default="best",
-        help="settings that belong together: best makes the weights that the server ships with, origin is an ordinary "
-        "training (default: best)",
+        help="settings that belong together: best makes the weights that the server ships with, cnn those of "
+        "--model cnn, origin is an ordinary training (default: best)",
     )
     group.add_argument(
         "--config", type=Path, metavar="FILE", help="settings in TOML, as a run's settings.toml has them"
@@ -48,6 +48,8 @@ def training_parser() -> argparse.ArgumentParser:
     _add_dataset(group, argparse.SUPPRESS)
     group.add_argument(
         "--architecture",
+        "--arch",
+        type=_architecture,
         choices=list(ARCHITECTURES),
         default=argparse.SUPPRESS,
         help=f"the network (default: {DEFAULTS.architecture})",
@@ -68,10 +70,16 @@ def training_parser() -> argparse.ArgumentParser:
             "A",
             "keep a running mean of the weights that forgets all but A at each step; 0: the last weights",
         ),
+        ("dropout", "SHARE", "part of the values that the network's dropout leaves out, from 0 to below 1"),
+        ("lessons", "EPOCHS", "epochs of pictures that the teacher answers, 1 or more"),
+        ("softness", "T", "temperature at which the teacher's answers are learnt, above 0"),
+        ("taught", "SHARE", "part of the loss that is the difference from the teacher's answers, from 0 to 1"),
+        ("outliers", "SHARE", "part of each batch that shows no digit, if the data are digits; 0: none"),
+        ("damaged", "SHARE", "part of the pictures that are damaged, from 0 to 1"),
         ("drawn", "SHARE", "part of each batch that is drawn by a model of a pen, if the data are digits; 0: none"),
         ("validation_size", "IMAGES", "training images held back to choose the best epoch, 1 or more"),
         ("patience", "EPOCHS", "stop after so many epochs without a lower validation loss; 0: never"),
-        ("seed", "SEED", "of the split, initial weights, order, dropout and augmentation; 0 or more"),
+        ("seed", "SEED", "of the initial weights, order, dropout and augmentation; 0 or more"),
     ]:
         default = getattr(DEFAULTS, name)
         group.add_argument(
@@ -80,6 +88,23 @@ def training_parser() -> argparse.ArgumentParser:
             metavar=metavar,
             default=argparse.SUPPRESS,
             help=f"{text} (default: {default:g})",
+        )
+    group.add_argument(
+        "--teacher",
+        metavar="WHAT",
+        default=argparse.SUPPRESS,
+        help="whose answers are learnt beside the labels: none; cnn, which is trained first, by the recipe of that "
+        f"name and for no more epochs; or weights files, parted by commas (default: {DEFAULTS.teacher})",
+    )
+    for name, text in [
+        ("normalise", "learn with batch normalisation, which the layers take up afterwards"),
+        ("bfloat16", "compute products in bfloat16, twice as fast where the machine has it"),
+    ]:
+        group.add_argument(
+            f"--{name}",
+            action=argparse.BooleanOptionalAction,
+            default=argparse.SUPPRESS,
+            help=f"{text} (default: {'yes' if getattr(DEFAULTS, name) else 'no'})",
         )
     group.add_argument(
         "--augment",
@@ -180,6 +205,11 @@ def _add_common(parser: argparse.ArgumentParser, out: str) -> None:
         help="CPU threads, 1 or more; networks this small gain little from more, and lose much on a busy machine "
         "(default: 1)",
     )
+
+
+def _architecture(text: str) -> str:
+    """In whatever case it was written."""
+    return {name.lower(): name for name in ARCHITECTURES}.get(text.lower(), text)
 
 
 def _device(text: str) -> str:

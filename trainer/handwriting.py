@@ -146,7 +146,7 @@ def draw(count: int, pen: Pen | None = None) -> tuple[Tensor, Tensor]:
     scale = INK_SIDE / size
     points = points * scale[:, None, None]
     points = points - points.mean(dim=1, keepdim=True) + SIDE / 2
-    return _ink(points, half * scale, 0.5 + 0.4 * torch.rand(count)), writing.digits
+    return ink_of(points, half * scale, 0.5 + 0.4 * torch.rand(count)), writing.digits
 
 
 def _slant(points: Tensor, digits: Tensor, pen: Pen) -> Tensor:
@@ -161,7 +161,7 @@ def _slant(points: Tensor, digits: Tensor, pen: Pen) -> Tensor:
     return torch.stack([x * cos - y * sin, x * sin + y * cos], dim=-1)
 
 
-def _ink(points: Tensor, half_width: Tensor, softness: Tensor) -> Tensor:
+def ink_of(points: Tensor, half_width: Tensor, softness: Tensor) -> Tensor:
     """Pixels, `uint8[n, 784]`, of a round pen's way through points `float32[n, k, 2]`."""
     middles = torch.arange(SIDE) + 0.5
     y, x = torch.meshgrid(middles, middles, indexing="ij")
@@ -173,6 +173,16 @@ def _ink(points: Tensor, half_width: Tensor, softness: Tensor) -> Tensor:
         ink = ((half_width[rows, None] - distance) / softness[rows, None] + 0.5).clamp(0, 1)
         pixels[rows] = (ink * (255 / ink.amax(dim=1, keepdim=True).clamp_min(0.2))).round().to(torch.uint8)
     return pixels
+
+
+def smooth_curve(points: Tensor, count: int) -> Tensor:
+    """So many points of a curve through each row of k points: `float32[n, count, 2]` of `float32[n, k, 2]`."""
+    weights = _spline([(float(i), 0.0) for i in range(points.shape[1])])  # (m, k)
+    places = torch.linspace(0, len(weights) - 1, count)
+    before = places.long().clamp_max(len(weights) - 2)
+    part = (places - before)[:, None]
+    between: Tensor = (weights[before] * (1 - part) + weights[before + 1] * part) @ points
+    return between
 
 
 def _evenly(count: int, low: float, high: float) -> Tensor:

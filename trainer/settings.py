@@ -35,8 +35,27 @@ class TrainingSettings:
     architecture: str = "ImprovedNN"
     """A name in `digits.network.ARCHITECTURES`."""
 
+    normalise: bool = True
+    """Whether to learn with batch normalisation, which the layers take up afterwards (`trainer.normalisation`)."""
+
+    dropout: float = 0.0
+    """Share of the values that the architecture's dropout leaves out in training; from 0 to below 1."""
+
+    # Teacher
+    teacher: str = "cnn"
+    """`none`; `cnn`, which is trained first, by the recipe of that name; or weights files, parted by commas."""
+
+    lessons: int = 16
+    """Epochs of pictures for which the teacher's answers are collected; 1 or more."""
+
+    softness: float = 2.0
+    """The temperature at which teacher and pupil are compared; above 0."""
+
+    taught: float = 0.7
+    """The share of the loss that is the difference from the teacher; from 0 to 1."""
+
     # Optimiser: SGD with Nesterov's momentum
-    epochs: int = 120
+    epochs: int = 300
     """Passes over the training images; 1 or more."""
 
     batch_size: int = 256
@@ -54,15 +73,24 @@ class TrainingSettings:
     weight_decay: float = 1e-5
     """L2 penalty; 0 or more."""
 
-    averaging: float = 0.999
+    averaging: float = 0.9995
     """The weights that are kept are a running mean over the steps, which forgets all but this part at each; 0: none."""
+
+    bfloat16: bool = False
+    """Whether products are computed in bfloat16, twice as fast on a CPU or GPU that has it."""
 
     # Data
     dataset: str = "mnist"
     """A name in `trainer.datasets.DATASETS`, or `folder:PATH`."""
 
-    drawn: float = 0.3
+    drawn: float = 0.15
     """Share of each batch that is drawn by `trainer.handwriting`, if the data are digits; from 0 to below 1."""
+
+    outliers: float = 0.125
+    """Share of each batch that shows no digit (`trainer.outliers`), if the data are digits; from 0 to below 1."""
+
+    damaged: float = 0.25
+    """Share of the pictures that are damaged (`trainer.damage`); from 0 to 1."""
 
     augment: bool = True
     """Whether each image is turned, scaled, sheared, shifted, bent and written with another pen anew in every epoch."""
@@ -78,7 +106,7 @@ class TrainingSettings:
     """Epochs without a lower validation loss after which to stop; 0 never stops early."""
 
     seed: int = 1
-    """Of the split, the initial weights, the order, dropout and augmentation; 0 to 2^63-1."""
+    """Of the initial weights, the order, dropout and augmentation; 0 to 2^63-1."""
 
     device: str = "cpu"
     """`cpu`, `cuda`, `cuda:N` or `mps`."""
@@ -96,7 +124,18 @@ class TrainingSettings:
         require("momentum", "from 0 to below 1", 0 <= self.momentum < 1)
         require("weight_decay", "a finite number of 0 or more", 0 <= self.weight_decay < math.inf)
         require("averaging", "from 0 to below 1", 0 <= self.averaging < 1)
+        require("dropout", "from 0 to below 1", 0 <= self.dropout < 1)
+        if not all(part.strip() for part in self.teacher.split(",")):
+            raise InvalidSetting(
+                f"--teacher is none, cnn, or the paths of weights files parted by commas, not {self.teacher!r}"
+            )
+        require("lessons", "1 or more", self.lessons >= 1)
+        require("softness", "a finite number above 0", 0 < self.softness < math.inf)
+        require("taught", "from 0 to 1", 0 <= self.taught <= 1)
         require("drawn", "from 0 to below 1", 0 <= self.drawn < 1)
+        require("outliers", "from 0 to below 1", 0 <= self.outliers < 1)
+        require("outliers", "below 1 together with --drawn", self.drawn + self.outliers < 1)
+        require("damaged", "from 0 to 1", 0 <= self.damaged <= 1)
         require("validation_size", "1 or more", self.validation_size >= 1)
         require("patience", "0 (never stop early) or more", self.patience >= 0)
         require("seed", "from 0 to 2^63-1", 0 <= self.seed < 2**63)
@@ -105,7 +144,21 @@ class TrainingSettings:
 
 RECIPES: dict[str, dict[str, Any]] = {
     "best": {},
+    "cnn": {
+        "architecture": "CNN",
+        "teacher": "none",
+        "dropout": 0.2,
+        "epochs": 36,
+        "averaging": 0.999,
+        "learning_rate": 0.15,
+        "warmup_epochs": 5.0,
+        "weight_decay": 3e-4,
+        "bfloat16": True,
+    },
     "origin": {
+        "normalise": False,
+        "dropout": 0.2,
+        "teacher": "none",
         "epochs": 20,
         "batch_size": 64,
         "learning_rate": 0.01,
@@ -113,6 +166,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "weight_decay": 1e-4,
         "averaging": 0.0,
         "drawn": 0.0,
+        "outliers": 0.0,
+        "damaged": 0.0,
         "augment": False,
         "standardise": False,
     },

@@ -9,25 +9,28 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from digits.checkpoint import Checkpoint
 from digits.network import ARCHITECTURES
 from digits.preprocessing import MEAN, STD
-from trainer.augmentation import augment
 from trainer.data import DIGITS, Data, LabelledPixels, split
 from trainer.evaluation import evaluate, to_features
-from trainer.handwriting import draw
+from trainer.material import Batch, Lessons, Material
+from trainer.normalisation import merged, normalised
 from trainer.scaling import fold, scaling_for
 from trainer.settings import TrainingSettings
 
-DRAWINGS_PER_IMAGE = 0.5
-"""So many digits are drawn before the first epoch; each batch takes some of them, deformed anew."""
+SPLIT_SEED = 1
+"""The validation images are the same whatever the seed, so that a teacher has not seen its pupil's."""
+
+OUTLIER_WEIGHT = 0.5
+"""Of a picture without a digit, against one with a digit (Hendrycks et al., as in `trainer.outliers`)."""
 
 AVERAGING_BEGINS = 100
 """Steps after which the running mean keeps half of itself; so it does not hold on to the first weights."""
@@ -91,6 +94,9 @@ class Training:
         return [epoch for epoch in self.epochs if epoch.best][-1]
 
 
+Progress: TypeAlias = Callable[[Iterable[int], int], Iterable[int]]
+"""Wraps the steps of an epoch."""
+
 State: TypeAlias = dict[str, Any]
 """Where a training stands after an epoch: tensors, numbers and texts, so that `torch.load(..., weights_only=True)`
 reads it. With the settings, the data and the same machine it decides all that follows."""
@@ -100,8 +106,9 @@ def train(
     settings: TrainingSettings,
     data: Data,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
-    progress: Callable[[Iterable[int], int], Iterable[int]] = lambda steps, epoch: steps,
+    progress: Progress = lambda steps, epoch: steps,
     *,
+    teachers: Sequence[Checkpoint] = (),
     state: State | None = None,
     on_state: Callable[[State], None] = lambda state: None,
 ) -> Training:
@@ -113,7 +120,8 @@ def train(
 
     Args:
         on_epoch: is told of each epoch.
-        progress: wraps the steps of an epoch, for example in a progress bar.
+        progress: wraps the steps of an epoch, for example in a progress bar; epoch 0 is the teachers' answers.
+        teachers: models whose answers are learnt as well.
         state: what `on_state` was given last, to go on from there.
         on_state: is given the state after each epoch, before `on_epoch` is told;
             what it keeps has to be copied or written at once.
@@ -125,11 +133,11 @@ def train(
     devices = [] if settings.device in ("cpu", "mps") else [torch.device(settings.device)]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(settings.seed)
-        loop = _Loop(settings, data)
+        loop = _Loop(settings, data, teachers, progress)
         if state is not None:
             loop.go_on_from(state)
         while not loop.is_over:
-            epoch = loop.run_epoch(progress)
+            epoch = loop.run_epoch()
             on_state(loop.state())
             on_epoch(epoch)
         return loop.training()
@@ -138,10 +146,19 @@ def train(
 class _Loop:
     """A training between its epochs."""
 
-    def __init__(self, settings: TrainingSettings, data: Data) -> None:
+    def __init__(
+        self, settings: TrainingSettings, data: Data, teachers: Sequence[Checkpoint], progress: Progress
+    ) -> None:
         self._settings = settings
-        self._images, self._validation = split(data.train, settings.validation_size, settings.seed)
-        self._network = ARCHITECTURES[settings.architecture]().to(settings.device)
+        self._images, self._validation = split(data.train, settings.validation_size, SPLIT_SEED)
+        network = ARCHITECTURES[settings.architecture]()
+        for module in network.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = settings.dropout
+        self._scaling = scaling_for(network, self._images.pixels) if settings.standardise else (MEAN, STD)
+        # Convolutions are twice as fast with the channels of a pixel beside each other.
+        self._network = normalised(network) if settings.normalise else network
+        self._network.to(settings.device).to(memory_format=torch.channels_last)
         self._optimizer = torch.optim.SGD(
             self._network.parameters(),
             lr=settings.learning_rate,
@@ -150,13 +167,14 @@ class _Loop:
             nesterov=settings.momentum > 0,
         )
         self._averaged = copy.deepcopy(self._network)
-        self._scaling = scaling_for(self._network, self._images.pixels) if settings.standardise else (MEAN, STD)
-        drawn = settings.drawn if data.labels == DIGITS else 0.0
-        self._drawings = draw(math.ceil(DRAWINGS_PER_IMAGE * len(self._images))) if drawn else None
-        self._from_data = max(1, round(settings.batch_size * (1 - drawn)))  # images of a batch
-        self._steps = math.ceil(len(self._images) / self._from_data)
+        material = Material(settings, self._images, data.labels == DIGITS)
+        self._material: Material | Lessons = material
+        if teachers:
+            self._material = Lessons(material, self._answers_of(teachers), settings.lessons, progress)
+        self._progress = progress
+        self._steps = material.steps
         self._epochs: list[Epoch] = []
-        self._best_network: nn.Module = self._network
+        self._best_network: nn.Module = network
 
     @property
     def is_over(self) -> bool:
@@ -185,7 +203,6 @@ class _Loop:
     def go_on_from(self, state: State) -> None:
         self._network.load_state_dict(state["network"])
         self._averaged.load_state_dict(state["averaged"])
-        self._best_network = copy.deepcopy(self._network)
         self._best_network.load_state_dict(state["best"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._epochs = [Epoch(**epoch) for epoch in state["epochs"]]
@@ -197,24 +214,22 @@ class _Loop:
         device = self._settings.device
         return torch.cuda.get_rng_state(device) if device.startswith("cuda") else None
 
-    def run_epoch(self, progress: Callable[[Iterable[int], int], Iterable[int]]) -> Epoch:
+    def run_epoch(self) -> Epoch:
         """Pass over the training images once, then validate."""
         started = time.perf_counter()
         number = len(self._epochs) + 1
         self._network.train()
-        order = torch.randperm(len(self._images))
         total_loss = rate = 0.0
-        for step in progress(range(self._steps), number):
+        for step, batch in zip(self._progress(range(self._steps), number), self._material.epoch(), strict=True):
             taken = (number - 1) * self._steps + step
             rate = learning_rate_at(taken, self._steps, self._settings)
-            rows = order[step * self._from_data : (step + 1) * self._from_data]
-            loss = self._step(*self._batch(rows), rate)
+            loss = self._step(batch, rate)
             total_loss += _finite(loss, f"epoch {number}, step {step + 1} of {self._steps}", self._settings)
             _average(self._averaged, self._network, min(self._settings.averaging, taken / (taken + AVERAGING_BEGINS)))
 
         # Of the weights as they would be served. The loss decides: among a few thousand images the
         # accuracy of good weights turns on ten of them.
-        served = fold(self._averaged, *self._scaling)
+        served = fold(merged(self._averaged), *self._scaling)
         result = evaluate(served, self._validation, device=self._settings.device)
         _finite(result.loss, f"the validation after epoch {number}", self._settings)
         is_best = not self._epochs or result.loss < self._best.validation_loss
@@ -233,26 +248,43 @@ class _Loop:
         )
         return self._epochs[-1]
 
-    def _batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Features `float32[n, 784]` and labels `int64[n]`: these of the images and some drawings, all deformed."""
-        pixels, labels = self._images.pixels[rows], self._images.labels[rows]
-        if self._drawings is not None:
-            others = torch.randint(len(self._drawings[1]), (self._settings.batch_size - self._from_data,))
-            pixels = torch.cat([pixels, self._drawings[0][others]])
-            labels = torch.cat([labels, self._drawings[1][others]])
-        if self._settings.augment:
-            pixels = augment(pixels)
-        return to_features(pixels, *self._scaling).to(self._settings.device), labels.to(self._settings.device)
-
-    def _step(self, features: Tensor, labels: Tensor, rate: float) -> float:
+    def _step(self, batch: Batch, rate: float) -> float:
         """Move the weights once; return the loss before."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        loss = F.cross_entropy(self._network(features), labels)
+        device = self._settings.device
+        features = to_features(batch.pixels, *self._scaling).to(device)
+        answers = None if batch.answers is None else batch.answers.to(device)
+        with self._arithmetic():
+            logits = self._network(features)
+        loss = loss_of(logits.float(), batch.labels.to(device), answers, self._settings)
         self._optimizer.zero_grad()
         torch.autograd.backward(loss)
         self._optimizer.step()
         return loss.item()
+
+    def _answers_of(self, teachers: Sequence[Checkpoint]) -> Callable[[Tensor], Tensor]:
+        """The logits of the teachers' mean probabilities."""
+        device = self._settings.device
+        for teacher in teachers:
+            teacher.network.to(device).to(memory_format=torch.channels_last).eval()
+
+        def answer(teacher: Checkpoint, pixels: Tensor) -> Tensor:
+            features = to_features(pixels, teacher.manifest.mean, teacher.manifest.std).to(device)
+            logits: Tensor = teacher.network(features)
+            return logits.float().log_softmax(dim=1)
+
+        @torch.no_grad()
+        def answers(pixels: Tensor) -> Tensor:
+            with self._arithmetic():
+                answered = [answer(teacher, pixels) for teacher in teachers]
+            return (torch.stack(answered).logsumexp(dim=0) - math.log(len(teachers))).cpu()
+
+        return answers
+
+    def _arithmetic(self) -> torch.autocast:
+        device = self._settings.device.partition(":")[0]
+        return torch.autocast(device, torch.bfloat16, enabled=self._settings.bfloat16)
 
     def training(self) -> Training:
         seconds = sum(epoch.seconds for epoch in self._epochs)
@@ -260,11 +292,31 @@ class _Loop:
         return Training(network, self._epochs, len(self._images), self._validation, seconds)
 
 
+def loss_of(logits: Tensor, labels: Tensor, answers: Tensor | None, settings: TrainingSettings) -> Tensor:
+    """The mean loss of logits `float32[n, 10]`.
+
+    Of images with a label, the cross-entropy; of outliers (label `NO_DIGIT`), half
+    of that with ten equal probabilities. With a teacher's answers, a part of the
+    loss is the cross-entropy with these, both made softer (G. Hinton, O. Vinyals,
+    J. Dean, "Distilling the Knowledge in a Neural Network", 2015).
+    """
+    log_probabilities = logits.log_softmax(dim=1)
+    told = -log_probabilities.gather(1, labels.clamp_min(0)[:, None])[:, 0]
+    hard = torch.where(labels >= 0, told, -log_probabilities.mean(dim=1) * OUTLIER_WEIGHT).mean()
+    if answers is None:
+        return hard
+    softness, share = settings.softness, settings.taught
+    soft = -((answers / softness).softmax(dim=1) * (logits / softness).log_softmax(dim=1)).sum(dim=1).mean()
+    return share * softness**2 * soft + (1 - share) * hard
+
+
 @torch.no_grad()
 def _average(averaged: nn.Module, network: nn.Module, keep: float) -> None:
-    """Move the running mean towards the network's weights."""
-    for mean, weight in zip(averaged.parameters(), network.parameters(), strict=True):
-        mean.lerp_(weight, 1 - keep)
+    """Move the running mean towards the network's weights, and the statistics of its normalisations."""
+    state = network.state_dict()
+    for name, mean in averaged.state_dict().items():
+        if mean.is_floating_point():
+            mean.lerp_(state[name], 1 - keep)
 
 
 def _finite(loss: float, where: str, settings: TrainingSettings) -> float:

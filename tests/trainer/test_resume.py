@@ -23,7 +23,19 @@ from trainer.training import State, train
 
 ROOT = Path(__file__).parents[2]
 WriteMnist = Callable[..., dict[str, np.ndarray]]
-FLAGS = ["--epochs", "6", "--batch-size", "4", "--learning-rate", "0.001", "--validation-size", "10", "--no-download"]
+FLAGS = [
+    "--teacher",
+    "none",
+    "--epochs",
+    "6",
+    "--batch-size",
+    "4",
+    "--learning-rate",
+    "0.001",
+    "--validation-size",
+    "10",
+    "--no-download",
+]
 SHORT = TrainingSettings(epochs=4, batch_size=64, validation_size=200, learning_rate=0.05)
 
 

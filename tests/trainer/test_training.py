@@ -15,10 +15,18 @@ from digits.preprocessing import MEAN, STD
 from trainer.data import Data, DataError, LabelledPixels, split
 from trainer.evaluation import Evaluation, evaluate
 from trainer.settings import TrainingSettings
-from trainer.training import Epoch, TrainingDiverged, learning_rate_at, train
+from trainer.training import SPLIT_SEED, Epoch, TrainingDiverged, learning_rate_at, train
 
 SHORT = TrainingSettings(
-    epochs=2, batch_size=32, learning_rate=0.05, validation_size=200, warmup_epochs=0.5, averaging=0, drawn=0
+    epochs=2,
+    batch_size=32,
+    learning_rate=0.05,
+    validation_size=200,
+    warmup_epochs=0.5,
+    averaging=0,
+    drawn=0,
+    outliers=0,
+    damaged=0,
 )
 ONE_STEP = dataclasses.replace(SHORT, batch_size=1300)  # an epoch
 
@@ -103,7 +111,7 @@ def test_a_last_step_that_spoils_the_weights_is_noticed_too(digits_data: Data) -
 def test_validation_sees_what_the_server_will_see(digits_data: Data) -> None:
     """The network that comes out reads features of MEAN and STD; its accuracy is the one that was logged."""
     training = train(SHORT, digits_data)
-    _, validation = split(digits_data.train, SHORT.validation_size, SHORT.seed)
+    _, validation = split(digits_data.train, SHORT.validation_size, SPLIT_SEED)
     assert evaluate(training.network, validation, MEAN, STD).accuracy == training.best.validation_accuracy
 
 

@@ -24,7 +24,7 @@ from trainer.cli import main
 
 ROOT = Path(__file__).parents[2]
 WriteMnist = Callable[..., dict[str, np.ndarray]]
-QUICK = ["--epochs", "2", "--batch-size", "8", "--validation-size", "10", "--no-download"]
+QUICK = ["--teacher", "none", "--epochs", "2", "--batch-size", "8", "--validation-size", "10", "--no-download"]
 
 
 def python_m_trainer(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -27,6 +27,14 @@ from trainer.settings import RECIPES, InvalidSetting, TrainingSettings, settings
         ("momentum", 1.0, "--momentum is from 0 to below 1, not 1.0"),
         ("momentum", -0.1, "--momentum is from 0 to below 1, not -0.1"),
         ("weight_decay", -1e-4, "--weight-decay is a finite number of 0 or more, not -0.0001"),
+        ("dropout", 1.0, "--dropout is from 0 to below 1, not 1.0"),
+        ("teacher", "", "--teacher is none, cnn, or the paths of weights files parted by commas, not ''"),
+        ("lessons", 0, "--lessons is 1 or more, not 0"),
+        ("softness", 0.0, "--softness is a finite number above 0, not 0.0"),
+        ("taught", 1.1, "--taught is from 0 to 1, not 1.1"),
+        ("drawn", -0.1, "--drawn is from 0 to below 1, not -0.1"),
+        ("outliers", 0.9, "--outliers is below 1 together with --drawn, not 0.9"),
+        ("damaged", 1.5, "--damaged is from 0 to 1, not 1.5"),
         ("validation_size", 0, "--validation-size is 1 or more, not 0"),
         ("patience", -1, r"--patience is 0 \(never stop early\) or more, not -1"),
         ("seed", -1, "--seed is from 0 to 2.63-1, not -1"),
@@ -48,8 +56,8 @@ def test_every_setting_has_a_flag_and_the_manual_tells_its_default() -> None:
     for field in dataclasses.fields(TrainingSettings):
         assert f"--{field.name.replace('_', '-')}" in manual
         default = (
-            "yes"
-            if field.name in ("augment", "standardise")
+            ("yes" if field.default else "no")
+            if isinstance(field.default, bool)
             else format(field.default, "g" if isinstance(field.default, (int, float)) else "")
         )
         assert field.name in ("architecture", "device") or f"(default: {default})" in manual
@@ -82,7 +90,7 @@ def test_settings_written_as_toml_are_read_as_they_were(recipe: str, tmp_path: P
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("epoch = 3", "epoch is no setting; there are architecture, epochs, "),
+        ("epoch = 3", "epoch is no setting; there are architecture, normalise, "),
         ("epochs = 3.0", "epochs is a whole number, not 3.0"),
         ("epochs = true", "epochs is a whole number, not True"),
         ("momentum = '0.9'", "momentum is a number, not '0.9'"),

@@ -1,0 +1,128 @@
+"""What a network learns from: batches of deformed images, and a teacher's answers to them.
+
+A batch has images of the data set and, for digits, some that were drawn, and
+some pictures without a digit; all of them deformed, and some damaged. Without a
+teacher each batch is made when it is asked for. A teacher is too slow for that:
+its answers to some epochs of batches are collected first, and the batches are
+then taken from these.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainer.augmentation import augment
+from trainer.damage import damage
+from trainer.data import DataError, LabelledPixels
+from trainer.handwriting import draw
+from trainer.outliers import draw_outliers
+from trainer.settings import TrainingSettings
+
+NO_DIGIT = -1
+"""The label of a picture that shows none."""
+
+DRAWINGS_PER_IMAGE = 0.5
+"""So many digits are drawn before the first epoch, and half as many outliers; each batch takes some, deformed anew."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step learns from."""
+
+    pixels: Tensor
+    """`uint8[n, 784]`."""
+
+    labels: Tensor
+    """`int64[n]`: classes, or `NO_DIGIT`."""
+
+    answers: Tensor | None = None
+    """The teacher's logits, `float32[n, 10]`."""
+
+
+class Material:
+    """Batches, each of them new. Draws from torch's global CPU generator."""
+
+    def __init__(self, settings: TrainingSettings, images: LabelledPixels, are_digits: bool) -> None:
+        """Make what stands beside the images.
+
+        Args:
+            are_digits: whether drawn digits, and outliers, which look like no digit, belong beside the images.
+
+        Raises:
+            DataError: a batch would be too small to be normalised.
+        """
+        self._settings = settings
+        self._images = images
+        drawn = round(settings.batch_size * settings.drawn) if are_digits else 0
+        outliers = round(settings.batch_size * settings.outliers) if are_digits else 0
+        self._others: list[tuple[int, LabelledPixels]] = []  # how many of a batch, and what they are taken from
+        count = math.ceil(DRAWINGS_PER_IMAGE * len(images))
+        if drawn:
+            self._others.append((drawn, LabelledPixels(*draw(count))))
+        if outliers:
+            pixels = draw_outliers(count // 2 + 1, images)
+            self._others.append((outliers, LabelledPixels(pixels, torch.full((len(pixels),), NO_DIGIT))))
+        self._from_images = max(1, settings.batch_size - drawn - outliers)
+        self.steps = math.ceil(len(images) / self._from_images)
+        """Batches of an epoch, in which each image is taken once."""
+        smallest = len(images) // self.steps + drawn + outliers
+        if settings.normalise and smallest < 2:
+            raise DataError(f"--normalise needs 2 or more images a step, and {len(images)} give one of {smallest}")
+
+    def epoch(self) -> Iterable[Batch]:
+        """The batches of one epoch."""
+        for rows in torch.tensor_split(torch.randperm(len(self._images)), self.steps):  # as even as can be
+            yield self._batch(rows)
+
+    def _batch(self, rows: Tensor) -> Batch:
+        pixels, labels = [self._images.pixels[rows]], [self._images.labels[rows]]
+        for count, others in self._others:
+            taken = torch.randint(len(others), (count,))
+            pixels.append(others.pixels[taken])
+            labels.append(others.labels[taken])
+        made = torch.cat(pixels)
+        if self._settings.augment:
+            made = augment(made)
+        if self._settings.damaged:
+            harmed = torch.nonzero(torch.rand(len(made)) < self._settings.damaged)[:, 0]
+            made[harmed] = damage(made[harmed])
+        return Batch(made, torch.cat(labels))
+
+
+class Lessons:
+    """Batches whose answers a teacher gave beforehand; every epoch takes as many of these pictures, at random."""
+
+    def __init__(
+        self,
+        material: Material,
+        teacher: Callable[[Tensor], Tensor],
+        epochs: int,
+        progress: Callable[[Iterable[int], int], Iterable[int]],
+    ) -> None:
+        """Collect so many epochs' batches.
+
+        Args:
+            teacher: gives logits, `float32[n, 10]`, of pixels, `uint8[n, 784]`.
+            progress: wraps the batches.
+        """
+        self.steps = material.steps
+        collected: list[Batch] = []
+        batches = (batch for _ in range(epochs) for batch in material.epoch())
+        for _, batch in zip(progress(range(epochs * material.steps), 0), batches, strict=True):
+            # Half the precision is plenty for answers, and these are many.
+            collected.append(Batch(batch.pixels, batch.labels, teacher(batch.pixels).half()))
+        self._size = math.ceil(sum(len(batch.labels) for batch in collected) / len(collected))
+        self._pixels = torch.cat([batch.pixels for batch in collected])
+        self._labels = torch.cat([batch.labels for batch in collected])
+        self._answers = torch.cat([batch.answers for batch in collected if batch.answers is not None])
+
+    def epoch(self) -> Iterable[Batch]:
+        """As many batches as an epoch of the material has."""
+        for _ in range(self.steps):
+            rows = torch.randint(len(self._labels), (self._size,))
+            yield Batch(self._pixels[rows], self._labels[rows], self._answers[rows].float())
