@@ -35,14 +35,19 @@ def answer_of(count: int) -> Answer[Scores]:
     logits = random.normal(size=(count, CLASSES)).astype(np.float32)
     probabilities = np.exp(logits)
     probabilities /= probabilities.sum(axis=1, keepdims=True)
-    scores = Scores(logits.argmax(axis=1).astype(np.uint8), probabilities, logits, "0123456789ab")
+    digit_scores = np.log(np.exp(logits).sum(axis=1))
+    scores = Scores(logits.argmax(axis=1).astype(np.uint8), probabilities, logits, digit_scores, "0123456789ab")
     return Answer(scores, count, queue_seconds=1e-4, compute_seconds=1e-4)
 
 
 def build_with_lists(answer: Answer[Scores]) -> pb.ClassifyResponse:
     """The plain way to make what `build_response` makes."""
     scores = answer.result
-    response = pb.ClassifyResponse(digits=scores.digits.tolist(), probabilities=scores.probabilities.ravel().tolist())
+    response = pb.ClassifyResponse(
+        digits=scores.digits.tolist(),
+        probabilities=scores.probabilities.ravel().tolist(),
+        digit_scores=scores.digit_scores.tolist(),
+    )
     receipt = response.receipt
     receipt.model_version = scores.model_version
     receipt.batch_rows = answer.batch_rows

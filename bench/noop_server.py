@@ -33,6 +33,7 @@ def fixed_answer(count: int) -> pb.ClassifyResponse:
         digits=np.array(fixed_digits(count), np.uint8),
         probabilities=np.full((count, CLASSES), 0.1, np.float32),
         logits=np.zeros((count, CLASSES), np.float32),
+        digit_scores=np.zeros(count, np.float32),
         model_version="0" * 12,
     )
     return build_response([Answer(scores, count, queue_seconds=1e-4, compute_seconds=1e-4)], include_logits=False)

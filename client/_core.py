@@ -7,6 +7,7 @@ ours. The clients themselves only open channels and make calls.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from client._errors import (
     UnauthenticatedError,
     UnavailableError,
 )
-from client._types import Image, Model, Prediction
+from client._types import DIGITS, Image, Model, Prediction, PredictionDraft
 from digits.canonical import canonical_bytes, may_be_canonical
 from digits.preprocessing import CLASSES, PIXELS, InvalidImage, Preprocessing, preprocess
 from protos.mnist.v1 import digit_classifier_pb2 as pb
@@ -147,6 +148,15 @@ def parse_response(response: pb.ClassifyResponse, count: int, target: str) -> li
             f"{target}: the server answered {count} images with {len(digits)} digits "
             f"and {len(response.probabilities)} probabilities"
         )
+    scores, labels = list(response.digit_scores), tuple(response.labels) or DIGITS  # neither comes from older servers
+    if len(scores) not in (0, count) or len(labels) != CLASSES:
+        raise ServerError(
+            f"{target}: the server answered {count} images with {len(scores)} digit scores and {len(labels)} labels"
+        )
+    are_digits: list[bool | None] = [None] * count
+    if scores and response.HasField("digit_threshold"):
+        threshold = response.digit_threshold
+        are_digits = [score >= threshold for score in scores]
     probabilities = np.array(response.probabilities, np.float32).reshape(-1, CLASSES)
     if count and not (probabilities.min() >= 0 and probabilities.max() <= 1 + 1e-3):  # which is so of NaN, too
         raise ServerError(
@@ -157,10 +167,16 @@ def parse_response(response: pb.ClassifyResponse, count: int, target: str) -> li
     queue_seconds = receipt.queue_time.ToNanoseconds() / 1e9
     compute_seconds = receipt.compute_time.ToNanoseconds() / 1e9
     confidences = probabilities[np.arange(len(digits)), digits].tolist()
-    return [
-        Prediction(digit, confidence, row, receipt.model_version, receipt.batch_rows, queue_seconds, compute_seconds)
-        for digit, confidence, row in zip(digits, confidences, probabilities, strict=True)
-    ]
+    common = receipt.model_version, receipt.batch_rows, queue_seconds, compute_seconds
+    scores = scores or [math.nan] * count
+    predictions = []
+    for digit, confidence, row, score, is_digit in zip(
+        digits, confidences, probabilities, scores, are_digits, strict=True
+    ):
+        prediction = PredictionDraft(digit, confidence, row, *common, score, is_digit, labels)
+        prediction.__class__ = Prediction
+        predictions.append(prediction)
+    return predictions
 
 
 def parse_model(response: pb.GetModelResponse) -> Model:
@@ -179,6 +195,7 @@ def parse_model(response: pb.GetModelResponse) -> Model:
         server_version=response.server_version,
         max_batch_size=response.max_batch_size,
         max_message_bytes=response.max_message_bytes,
+        digit_threshold=response.digit_threshold if response.HasField("digit_threshold") else None,
     )
 
 

@@ -18,6 +18,7 @@ PANEL = 224
 _MARGIN = 16
 _CAPTION = 40  # pixels of height above each panel
 _SMALL, _LARGE = 13, 16  # font sizes
+_LONGEST_LABEL = 11  # characters of a class's name that have room before its bar
 _PAPER, _TEXT, _FAINT = (255, 255, 255), (34, 34, 34), (136, 136, 136)
 _FRAME, _INK, _BAR = (208, 208, 208), (216, 67, 21), (144, 164, 174)
 
@@ -42,7 +43,8 @@ def draw(stages: Preprocessing, prediction: Prediction) -> Image.Image:
         picture.paste(panel, (left, _MARGIN + _CAPTION))
         canvas.rectangle((left - 1, _MARGIN + _CAPTION - 1, left + PANEL, _MARGIN + _CAPTION + PANEL), outline=_FRAME)
     left = _MARGIN + len(panels) * (PANEL + _MARGIN)
-    _caption(canvas, left, f"read as {prediction.digit}", f"with {prediction.confidence:.1%}")
+    doubt = ", but looks like no digit" if prediction.is_digit is False else ""
+    _caption(canvas, left, f"read as {prediction.label}", f"with {prediction.confidence:.1%}{doubt}")
     _bars(canvas, left, _MARGIN + _CAPTION, prediction)
     return picture
 
@@ -55,11 +57,13 @@ def _caption(canvas: ImageDraw.ImageDraw, left: int, title: str, note: str) -> N
 def _bars(canvas: ImageDraw.ImageDraw, left: int, top: int, prediction: Prediction) -> None:
     font = ImageFont.load_default(_SMALL)
     height = PANEL / len(prediction.probabilities)
-    first, room = 22, PANEL - 22 - 52  # pixels for the digit before the bar, and for the bar
+    names = [label[:_LONGEST_LABEL] for label in prediction.labels]
+    first = max(22, *(round(font.getlength(name)) + 8 for name in names))  # pixels for the name before the bar
+    room = PANEL - first - 52  # and for the bar
     for digit, probability in enumerate(prediction.probabilities.tolist()):
         y = top + digit * height
         chosen = digit == prediction.digit
-        canvas.text((left, y + 3), str(digit), _TEXT if chosen else _FAINT, font)
+        canvas.text((left, y + 3), names[digit], _TEXT if chosen else _FAINT, font)
         end = left + first + max(1, round(room * probability))
         canvas.rectangle((left + first, y + 4, end, y + height - 5), _INK if chosen else _BAR)
         canvas.text((end + 6, y + 3), f"{probability:.1%}", _TEXT if chosen else _FAINT, font)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -107,8 +108,10 @@ def _explain(client: Client, options: argparse.Namespace, image: str | bytes) ->
 
 def _line(name: str, width: int, prediction: Prediction, top: int) -> str:
     order = prediction.probabilities.argsort()[::-1][:top]
-    answers = "   ".join(f"{digit}  {prediction.probabilities[digit]:6.1%}" for digit in order)
-    return f"{name:<{width}}  {answers}"
+    labels = prediction.labels
+    longest = max(map(len, labels))
+    answers = "   ".join(f"{labels[digit]:<{longest}}  {prediction.probabilities[digit]:6.1%}" for digit in order)
+    return f"{name:<{width}}  {answers}" + ("   looks like no digit" if prediction.is_digit is False else "")
 
 
 def _json_line(name: str, prediction: Prediction) -> str:
@@ -116,8 +119,11 @@ def _json_line(name: str, prediction: Prediction) -> str:
         {
             "image": name,
             "digit": prediction.digit,
+            "label": prediction.label,
             "confidence": round(prediction.confidence, 6),
             "probabilities": [round(value, 6) for value in prediction.probabilities.tolist()],
+            "digit_score": None if math.isnan(prediction.digit_score) else round(prediction.digit_score, 6),
+            "is_digit": prediction.is_digit,
             "model_version": prediction.model_version,
         }
     )

@@ -64,6 +64,13 @@ class Manifest:
     temperature: float = 1.0
     """`probabilities = softmax(logits / temperature)`; from 1e-6 to 1e6."""
 
+    digit_threshold: float | None = None
+    """A picture whose digit score is lower looks like no digit; None: the model does not say.
+
+    The digit score is `logsumexp(logits / temperature)`, the energy score of W.
+    Liu et al., "Energy-based Out-of-distribution Detection", NeurIPS 2020.
+    """
+
     labels: tuple[str, ...] = tuple(str(digit) for digit in range(CLASSES))
     """The meaning of each of the ten classes."""
 
@@ -195,6 +202,10 @@ def _read_manifest(path: Path, content: bytes) -> Manifest:
     require("mean", "a finite number", not math.isnan(number("mean")))
     require("std", "a number from 1e-6 to 1e6", 1e-6 <= number("std") <= 1e6)
     require("temperature", "a number from 1e-6 to 1e6", 1e-6 <= number("temperature") <= 1e6)
+    threshold = values.get("digit_threshold")
+    require(
+        "digit_threshold", "a finite number, or null", threshold is None or not math.isnan(number("digit_threshold"))
+    )
     require(
         "labels",
         f"a list of {CLASSES} texts",

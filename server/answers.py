@@ -14,9 +14,9 @@ from server.batching import Answer
 if TYPE_CHECKING:
     from server.inference import Scores
 
-_DIGITS, _PROBABILITIES, _LOGITS = (
+_DIGITS, _PROBABILITIES, _LOGITS, _DIGIT_SCORES = (
     bytes([pb.ClassifyResponse.DESCRIPTOR.fields_by_name[name].number << 3 | 2])  # tag of a packed field
-    for name in ("digits", "probabilities", "logits")
+    for name in ("digits", "probabilities", "logits", "digit_scores")
 )
 
 
@@ -24,15 +24,23 @@ def build_response(answers: Sequence[Answer[Scores]], include_logits: bool) -> p
     """Return the answer to a request whose rows were computed in these parts."""
     if len(answers) == 1:
         scores = answers[0].result
-        response = _columns(scores.digits, scores.probabilities, scores.logits if include_logits else None)
+        response = _columns(
+            scores.digits, scores.probabilities, scores.digit_scores, scores.logits if include_logits else None
+        )
     else:
+        scores = answers[-1].result
         response = _columns(
             np.concatenate([answer.result.digits for answer in answers]),
             np.concatenate([answer.result.probabilities for answer in answers]),
+            np.concatenate([answer.result.digit_scores for answer in answers]),
             np.concatenate([answer.result.logits for answer in answers]) if include_logits else None,
         )
+    if scores.digit_threshold is not None:
+        response.digit_threshold = scores.digit_threshold
+    if scores.labels:
+        response.labels.extend(scores.labels)
     receipt = response.receipt
-    receipt.model_version = answers[-1].result.model_version
+    receipt.model_version = scores.model_version
     receipt.batch_rows = max(answer.batch_rows for answer in answers)
     receipt.queue_time.FromNanoseconds(int(max(answer.queue_seconds for answer in answers) * 1e9))
     receipt.compute_time.FromNanoseconds(int(sum(answer.compute_seconds for answer in answers) * 1e9))
@@ -42,6 +50,7 @@ def build_response(answers: Sequence[Answer[Scores]], include_logits: bool) -> p
 def _columns(
     digits: npt.NDArray[np.uint8],
     probabilities: npt.NDArray[np.float32],
+    digit_scores: npt.NDArray[np.float32],
     logits: npt.NDArray[np.float32] | None,
 ) -> pb.ClassifyResponse:
     """A response with its columns filled from arrays.
@@ -53,6 +62,7 @@ def _columns(
     """
     parts = [_DIGITS, _varint(digits.size), digits.tobytes()]
     parts += [_PROBABILITIES, _varint(4 * probabilities.size), probabilities.astype("<f4", copy=False).tobytes()]
+    parts += [_DIGIT_SCORES, _varint(4 * digit_scores.size), digit_scores.astype("<f4", copy=False).tobytes()]
     if logits is not None:
         parts += [_LOGITS, _varint(4 * logits.size), logits.astype("<f4", copy=False).tobytes()]
     return pb.ClassifyResponse.FromString(b"".join(parts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, cast
@@ -27,6 +28,9 @@ Not 1: weights made elsewhere may differ from ours on a digit or two.
 """
 
 
+DIGITS = Manifest().labels
+"""What the classes mean where nothing else is said."""
+
 _Array: TypeAlias = npt.NDArray[np.float32]
 
 
@@ -44,13 +48,27 @@ class Scores:
     """[n, 10]: softmax(logits / temperature)."""
     logits: npt.NDArray[np.float32]
     """[n, 10]: raw outputs."""
+    digit_scores: npt.NDArray[np.float32]
+    """[n]: logsumexp(logits / temperature), how much each image looks like a digit."""
     model_version: str
+    digit_threshold: float | None = None
+    """An image with a lower digit score looks like no digit; None where the model does not say."""
+    labels: tuple[str, ...] = ()
+    """[10]: the meaning of each class; empty where these are the digits."""
 
     def __len__(self) -> int:
         return len(self.digits)
 
     def __getitem__(self, rows: slice) -> Scores:
-        return Scores(self.digits[rows], self.probabilities[rows], self.logits[rows], self.model_version)
+        return Scores(
+            self.digits[rows],
+            self.probabilities[rows],
+            self.logits[rows],
+            self.digit_scores[rows],
+            self.model_version,
+            self.digit_threshold,
+            self.labels,
+        )
 
 
 class Classifier:
@@ -62,6 +80,9 @@ class Classifier:
         self._network = checkpoint.network.to(self._device).eval()
         self._layers = _fold_normalisation(self._network, checkpoint.manifest)
         self._temperature = np.float32(checkpoint.manifest.temperature)
+        labels = checkpoint.manifest.labels
+        # What all images have in common, as the last fields of Scores.
+        self._common = (checkpoint.version, checkpoint.manifest.digit_threshold, labels if labels != DIGITS else ())
         self._arrays = None
         if self._layers is not None and self._device.type == "cpu":
             self._arrays = [(weights.numpy(), bias.numpy()) for weights, bias in self._layers]
@@ -118,9 +139,15 @@ class Classifier:
         probabilities = logits - logits[digit]
         probabilities /= self._temperature
         np.exp(probabilities, out=probabilities)
-        probabilities /= np.add.reduce(probabilities)
+        total = np.add.reduce(probabilities)
+        probabilities /= total
+        score = logits[digit] / self._temperature + math.log(total)
         return Scores(
-            np.array([digit], np.uint8), probabilities[np.newaxis], logits[np.newaxis], self.checkpoint.version
+            np.array([digit], np.uint8),
+            probabilities[np.newaxis],
+            logits[np.newaxis],
+            np.array([score], np.float32),
+            *self._common,
         )
 
     @torch.inference_mode()
@@ -131,12 +158,15 @@ class Classifier:
 
     def _scores(self, logits: _Array) -> Scores:
         # In NumPy, where these steps take half of what torch takes for a single image.
-        probabilities = logits - logits.max(axis=1, keepdims=True)
+        largest = logits.max(axis=1, keepdims=True)
+        probabilities = logits - largest
         if self._temperature != 1:
             probabilities /= self._temperature
         np.exp(probabilities, out=probabilities)
-        probabilities /= probabilities.sum(axis=1, keepdims=True)
-        return Scores(logits.argmax(axis=1).astype(np.uint8), probabilities, logits, self.checkpoint.version)
+        total = probabilities.sum(axis=1, keepdims=True)
+        probabilities /= total
+        digit_scores = (largest / self._temperature + np.log(total))[:, 0]
+        return Scores(logits.argmax(axis=1).astype(np.uint8), probabilities, logits, digit_scores, *self._common)
 
 
 def _fold_normalisation(network: nn.Module, manifest: Manifest) -> list[tuple[Tensor, Tensor]] | None:
@@ -195,7 +225,7 @@ def check_golden(classifier: Classifier, name: str) -> None:
     with np.errstate(all="ignore"):  # what is not finite is told below
         scores = classifier.predict(pixels)
     finite = bool(np.isfinite(scores.probabilities).all())
-    if classifier.checkpoint.manifest.labels != Manifest().labels:
+    if scores.labels:
         if not finite:
             raise UnfitModel(f"{name}: a model gives probabilities, this one gives what is no number")
         return

@@ -288,6 +288,7 @@ class DigitService:
             normalization_mean=manifest.mean,
             normalization_std=manifest.std,
             temperature=manifest.temperature,
+            digit_threshold=manifest.digit_threshold,
             test_accuracy=manifest.test_accuracy,
             dataset=manifest.dataset,
             server_version=server_version(),

@@ -59,6 +59,7 @@ OUTPUTS = {
     "digit": Output("INT64", pb.TYPE_INT64, (), lambda scores: scores.digits.astype("<i8")),
     "probabilities": Output("FP32", pb.TYPE_FP32, (CLASSES,), lambda scores: scores.probabilities.astype("<f4")),
     "logits": Output("FP32", pb.TYPE_FP32, (CLASSES,), lambda scores: scores.logits.astype("<f4")),
+    "digit_score": Output("FP32", pb.TYPE_FP32, (), lambda scores: scores.digit_scores.astype("<f4")),
 }
 
 

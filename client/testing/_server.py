@@ -42,6 +42,7 @@ MODEL = Model(
     server_version="fake",
     max_batch_size=256,
     max_message_bytes=4 * 1024 * 1024,
+    digit_threshold=2.0,
 )
 
 
@@ -140,6 +141,9 @@ class FakeServer:
         probabilities, or an error of `client`, which ends a call, and in a stream
         takes the frame's place. When an iterable is used up, calls fail with
         INTERNAL, and so does the test.
+
+        The digit score is ten times the confidence, and `model.digit_threshold`
+        is 2, so `(7, 0.15)` looks like no digit.
         """
         return self._script.answers
 
@@ -149,7 +153,10 @@ class FakeServer:
 
     @property
     def model(self) -> Model:
-        """What `get_model` tells; assign another, as `dataclasses.replace(server.model, version="another")`."""
+        """What `get_model` tells; assign another, as `dataclasses.replace(server.model, version="another")`.
+
+        Its version, labels and digit threshold also stand in answers.
+        """
         return self._state.model
 
     @model.setter

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from client import _request_id
-from client._types import Model
+from client._types import DIGITS, Model
 from client.testing._answers import Row
 from client.testing._faults import Delay, Drop, Fault, Hang, Status
 from client.testing._health import State
@@ -20,6 +20,9 @@ from protos.mnist.v1 import digit_classifier_pb2 as pb
 from protos.mnist.v1.digit_classifier_pb2_grpc import DigitClassifierServicer
 
 Pixels = npt.NDArray[np.uint8]
+
+SCORE_OF_CERTAINTY = 10.0
+"""The digit score is so many times the confidence."""
 
 _FLOAT_BYTES = 4
 
@@ -104,11 +107,15 @@ class Servicer(DigitClassifierServicer):
 
     def _result(self, rows: list[Row | Status], include_logits: bool) -> pb.ClassifyResponse:
         probabilities = np.stack([row for row in rows if not isinstance(row, Status)])
+        model = self._state.model
         return pb.ClassifyResponse(
             digits=probabilities.argmax(axis=1).tolist(),
             probabilities=probabilities.ravel().tolist(),
             logits=np.log(np.maximum(probabilities, 1e-9)).ravel().tolist() if include_logits else (),
-            receipt=pb.Receipt(model_version=self._state.model.version, batch_rows=len(rows)),
+            receipt=pb.Receipt(model_version=model.version, batch_rows=len(rows)),
+            digit_scores=(SCORE_OF_CERTAINTY * probabilities.max(axis=1)).tolist(),
+            digit_threshold=model.digit_threshold,
+            labels=model.labels if model.labels != DIGITS else (),
         )
 
     def _blocks(self, sequence: int, pixels: Pixels, include_logits: bool) -> pb.StreamClassifyResponse:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ import pytest
 from PIL import Image
 
 import client
+from client import cli
+from client.testing import FakeServer
 
 if TYPE_CHECKING:
     from tests.client.conftest import Fakes
@@ -70,6 +73,42 @@ def test_programs_get_a_json_object_for_each_image(server_address: str, files: l
         assert sum(answer["probabilities"]) == pytest.approx(1, abs=1e-4)
         assert answer["confidence"] == max(answer["probabilities"])
         assert len(answer["model_version"]) == 12
+
+
+def test_a_picture_that_looks_like_no_digit_is_told(files: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    with FakeServer([7, (3, 0.15)] * 2) as server:
+        command = ["classify", str(files[7]), str(files[3]), "--target", server.target]
+        assert cli.main(command) == 0
+        sure, unsure = capsys.readouterr().out.splitlines()
+        assert cli.main([*command, "--json"]) == 0
+        answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert sure.endswith("%")
+    assert unsure.split(maxsplit=1)[1].split(maxsplit=2) == ["3", "15.0%", "looks like no digit"]
+    assert [(answer["digit_score"], answer["is_digit"]) for answer in answers] == [(9.9, True), (1.5, False)]
+
+
+def test_classes_have_the_names_that_the_model_gives_them(
+    files: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FakeServer(1) as server:
+        server.model = replace(server.model, labels=("T-shirt", "Trouser", *"23456789"))
+        command = ["classify", str(files[7]), "--target", server.target]
+        assert cli.main([*command, "--top", "2"]) == 0
+        assert capsys.readouterr().out.split()[1:3] == ["Trouser", "99.0%"]
+        assert cli.main([*command, "--json"]) == 0
+        answer = json.loads(capsys.readouterr().out)
+    assert (answer["digit"], answer["label"]) == (1, "Trouser")
+
+
+def test_what_an_older_server_does_not_say_is_null(
+    fakes: Fakes, files: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["classify", str(files[7]), "--target", fakes.serve()]
+    assert cli.main([*command, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["digit"], told["label"], told["digit_score"], told["is_digit"]) == (7, "7", None, None)
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out.endswith("91.0%\n")
 
 
 @pytest.mark.parametrize("top", [1, 3, 10])

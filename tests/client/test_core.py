@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
+from dataclasses import FrozenInstanceError, fields
 from typing import Any
 
 import grpc
@@ -80,6 +82,81 @@ def test_a_response_becomes_predictions_in_its_order() -> None:
     assert (three.queue_seconds, three.compute_seconds) == (0.0015, 2.0)
 
 
+def test_a_prediction_says_whether_the_image_looks_like_a_digit() -> None:
+    response = answer(3, 4, 5)
+    response.digit_scores.extend([4.5, -1.0, 2.0])
+    response.digit_threshold = 2.0
+    predictions = parse(response)
+    assert [prediction.digit_score for prediction in predictions] == [4.5, -1.0, 2.0]
+    assert [prediction.is_digit for prediction in predictions] == [True, False, True]
+    assert predictions[1].digit == 4  # the best guess
+
+
+def test_a_model_without_a_threshold_has_scores_and_no_verdict() -> None:
+    response = answer(3)
+    response.digit_scores.append(4.5)
+    [prediction] = parse(response)
+    assert (prediction.digit_score, prediction.is_digit) == (4.5, None)
+
+
+def test_an_older_server_says_neither_score_nor_labels() -> None:
+    predictions = parse(answer(3, 7))
+    for prediction in predictions:
+        assert math.isnan(prediction.digit_score)
+        assert prediction.is_digit is None
+    assert [prediction.label for prediction in predictions] == ["3", "7"]
+
+
+def test_an_older_client_reads_what_it_knows_of_a_newer_answer() -> None:
+    """The new fields are of new numbers, and the old ones stand as before."""
+    old, new = answer(3, 7), answer(3, 7)
+    new.digit_scores.extend([1.0, 2.0])
+    new.digit_threshold = 0.5
+    new.labels.extend("abcdefghij")
+    for name in ("digit_scores", "digit_threshold", "labels"):
+        new.ClearField(name)
+    assert new == old
+    numbers = {field.name: field.number for field in pb.ClassifyResponse.DESCRIPTOR.fields}
+    assert numbers == {
+        "digits": 1,
+        "probabilities": 2,
+        "logits": 3,
+        "receipt": 4,
+        "digit_scores": 5,
+        "digit_threshold": 6,
+        "labels": 7,
+    }
+
+
+def test_a_prediction_has_the_models_name_for_its_class() -> None:
+    response = answer(1, 9)
+    response.labels.extend(["T-shirt", "Trouser", "2", "3", "4", "5", "6", "7", "8", "Ankle boot"])
+    predictions = parse(response)
+    assert [prediction.label for prediction in predictions] == ["Trouser", "Ankle boot"]
+    assert predictions[0].labels[0] == "T-shirt"
+
+
+@pytest.mark.parametrize(("scores", "labels"), [([1.0, 2.0, 3.0], []), ([1.0, 2.0], ["a", "b"])])
+def test_columns_of_another_length_are_no_answer(scores: list[float], labels: list[str]) -> None:
+    response = answer(3, 7)
+    response.digit_scores.extend(scores)
+    response.labels.extend(labels)
+    with pytest.raises(client.ServerError, match=rf"2 images with {len(scores)} digit scores and {len(labels) or 10} "):
+        parse(response)
+
+
+def test_a_prediction_that_was_parsed_is_like_one_that_was_made() -> None:
+    [parsed] = parse(answer(3))
+    row = parsed.probabilities
+    made = client.Prediction(3, parsed.confidence, row, "", 0, 0.0, 0.0)
+    assert type(parsed) is client.Prediction
+    for field in fields(client.Prediction):
+        assert repr(getattr(parsed, field.name)) == repr(getattr(made, field.name))
+    with pytest.raises(FrozenInstanceError):
+        parsed.digit = 4  # type: ignore[misc]
+    assert repr(pickle.loads(pickle.dumps(parsed))) == repr(parsed)
+
+
 def test_probabilities_cannot_be_written() -> None:
     [prediction] = parse(answer(3))
     with pytest.raises(ValueError, match="read-only"):
@@ -88,6 +165,11 @@ def test_probabilities_cannot_be_written() -> None:
 
 def test_a_prediction_prints_as_a_person_reads_it() -> None:
     assert repr(parse(answer(3))[0]) == "Prediction(digit=3, confidence=0.9100)"
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0, -2.5])
+def test_a_model_has_a_digit_threshold_or_none(threshold: float | None) -> None:
+    assert _core.parse_model(pb.GetModelResponse(digit_threshold=threshold)).digit_threshold == threshold
 
 
 @pytest.mark.parametrize("accuracy", [None, 0.98])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,21 @@ def test_bars_are_as_long_as_probabilities() -> None:
     sure, unsure = (draw(stages, prediction(7, confidence)) for confidence in (0.9, 0.45))
     assert count(sure, _INK, 4, 4) == pytest.approx(2 * count(unsure, _INK, 4, 4), rel=0.05)
     assert count(unsure, _BAR, 4, 4) > count(sure, _BAR, 4, 4)
+
+
+def test_names_of_classes_stand_before_the_bars_and_leave_room_for_them() -> None:
+    stages, plain = preprocess(SEVEN), prediction(7, 0.9)
+    labels = ("T-shirt/top", "Trouser", *"23456", "Sneaker", "Bag", "a name that is far too long for its bar")
+    named = draw(stages, dataclasses.replace(plain, labels=labels))
+    digits = draw(stages, plain)
+    assert named.size == digits.size
+    assert 0 < count(named, _INK, 4, 4) < count(digits, _INK, 4, 4)
+
+
+def test_a_picture_without_a_digit_is_told_in_words() -> None:
+    stages, plain = preprocess(SEVEN), prediction(7, 0.9)
+    drawn = {is_digit: draw(stages, dataclasses.replace(plain, is_digit=is_digit)) for is_digit in (None, True, False)}
+    assert drawn[None].tobytes() == drawn[True].tobytes() != drawn[False].tobytes()
 
 
 def test_both_clients_draw_the_same(server_address: str) -> None:

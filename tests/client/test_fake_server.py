@@ -114,6 +114,25 @@ def test_an_answer_may_be_ten_probabilities(server: FakeServer, twin: Twin, kind
     np.testing.assert_allclose(prediction.probabilities, row, rtol=1e-6)
 
 
+def test_an_answer_with_little_confidence_looks_like_no_digit(server: FakeServer, twin: Twin) -> None:
+    server.answers = [(7, 0.15), (7, 0.25)] * 2
+    for results in (twin.classify_batch([SEVEN] * 2), twin.stream_classify([SEVEN] * 2)):
+        unsure, sure = (result for result in results if isinstance(result, client.Prediction))
+        assert (unsure.digit, unsure.is_digit) == (7, False)
+        assert (sure.digit, sure.is_digit) == (7, True)
+        assert [unsure.digit_score, sure.digit_score] == pytest.approx([1.5, 2.5])
+
+
+def test_the_fakes_model_decides_what_looks_like_a_digit_and_what_classes_mean(server: FakeServer, twin: Twin) -> None:
+    assert server.model.digit_threshold == twin.get_model().digit_threshold == 2
+    server.model = dataclasses.replace(server.model, digit_threshold=9.95)
+    assert twin.classify(SEVEN).is_digit is False
+    server.model = dataclasses.replace(server.model, digit_threshold=None, labels=tuple("abcdefghij"))
+    prediction = twin.classify(SEVEN)
+    assert (prediction.is_digit, prediction.label) == (None, "h")
+    assert twin.get_model().digit_threshold is None
+
+
 @pytest.mark.parametrize("error", [client.ServerError, client.ServerError("broken")])
 def test_an_answer_may_be_an_error(server: FakeServer, twin: Twin, error: Any) -> None:
     server.answers = [1, error, 2]

@@ -72,6 +72,7 @@ def test_what_is_saved_is_loaded(weights: Path) -> None:
         mean=0.1307,
         std=0.3081,
         temperature=1.5,
+        digit_threshold=-2.5,
         labels=tuple("abcdefghij"),
         dataset="Fashion-MNIST",
         test_accuracy=0.9875,
@@ -95,6 +96,7 @@ def test_a_bare_state_dict_made_elsewhere_loads_with_the_default_manifest(weight
     assert (loaded.manifest.architecture, loaded.manifest.mean, loaded.manifest.std) == ("ImprovedNN", 0.5, 0.5)
     assert loaded.manifest.labels == ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
     assert (loaded.manifest.temperature, loaded.manifest.test_accuracy) == (1, None)
+    assert loaded.manifest.digit_threshold is None
     x = torch.randn(16, 784)
     assert torch.equal(loaded.network(x), origin(x))
 
@@ -140,6 +142,13 @@ def test_the_manifest_lies_beside_the_weights(tmp_path: Path) -> None:
 
 
 # Manifests ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "threshold"), [("{}", None), ('{"digit_threshold": null}', None), ("-3", -3.0)])
+def test_a_manifest_may_say_which_digit_score_is_too_low(text: str, threshold: float | None, weights: Path) -> None:
+    torch.save(state(), weights)
+    manifest_path(weights).write_text(text if text.startswith("{") else f'{{"digit_threshold": {text}}}')
+    assert load_checkpoint(weights).manifest.digit_threshold == threshold
 
 
 def test_a_manifest_may_say_little_or_more_than_is_known(weights: Path) -> None:
@@ -189,6 +198,10 @@ def test_a_manifest_nested_beyond_reason_is_refused(weights: Path) -> None:
         ("temperature", 0),
         ("temperature", -1.5),
         ("temperature", "1"),
+        ("digit_threshold", "2.5"),
+        ("digit_threshold", True),
+        ("digit_threshold", float("nan")),
+        ("digit_threshold", float("-inf")),
         ("labels", "0123456789"),
         ("labels", ["0", "1"]),
         ("labels", list(range(10))),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -16,7 +18,8 @@ def scores_of(rows: int, version: str = "0123456789ab") -> Scores:
     logits = chance.normal(size=(rows, 10)).astype(np.float32)
     odds = np.exp(logits)
     probabilities: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = odds / odds.sum(axis=1, keepdims=True)
-    return Scores(logits.argmax(axis=1).astype(np.uint8), probabilities, logits, version)
+    digit_scores: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = np.log(odds.sum(axis=1))
+    return Scores(logits.argmax(axis=1).astype(np.uint8), probabilities, logits, digit_scores, version)
 
 
 def built_the_ordinary_way(answers: list[Answer[Scores]], include_logits: bool) -> pb.ClassifyResponse:
@@ -24,6 +27,7 @@ def built_the_ordinary_way(answers: list[Answer[Scores]], include_logits: bool) 
     for answer in answers:
         response.digits.extend(answer.result.digits.tolist())
         response.probabilities.extend(answer.result.probabilities.ravel().tolist())
+        response.digit_scores.extend(answer.result.digit_scores.tolist())
         if include_logits:
             response.logits.extend(answer.result.logits.ravel().tolist())
     response.receipt.model_version = "0123456789ab"
@@ -51,6 +55,19 @@ def test_rows_that_are_a_slice_of_a_larger_batch_are_sent_alone() -> None:
     assert list(response.digits) == whole.digits[3:5].tolist()
     assert list(response.probabilities) == whole.probabilities[3:5].ravel().tolist()
     assert list(response.logits) == whole.logits[3:5].ravel().tolist()
+    assert list(response.digit_scores) == whole.digit_scores[3:5].tolist()
+
+
+def test_what_the_images_have_in_common_is_sent_once_and_only_where_there_is_something_to_say() -> None:
+    plain = build_response([Answer(scores_of(2), 2, 0, 0)], False)
+    assert not plain.HasField("digit_threshold")
+    assert list(plain.labels) == []
+    labels = tuple("abcdefghij")
+    scores = replace(scores_of(5), digit_threshold=1.5, labels=labels)
+    for parts in ([scores], [scores[:2], scores[2:]]):
+        response = build_response([Answer(part, 5, 0, 0) for part in parts], False)
+        assert response.digit_threshold == 1.5
+        assert tuple(response.labels) == labels
 
 
 def test_the_receipt_of_a_split_request_holds_the_longest_wait_and_the_whole_computation() -> None:

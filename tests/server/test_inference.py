@@ -45,6 +45,7 @@ def test_the_embedded_weights_say_what_plain_torch_says_of_them(form: str, golde
     temperature = classifier.checkpoint.manifest.temperature
     np.testing.assert_allclose(scores.logits, expected.numpy(), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(scores.probabilities, torch.softmax(expected / temperature, 1).numpy(), atol=1e-6)
+    np.testing.assert_allclose(scores.digit_scores, torch.logsumexp(expected / temperature, 1).numpy(), atol=1e-4)
     assert scores.digits.tolist() == expected.argmax(1).tolist()
     assert (scores.digits == golden[1]).mean() >= 0.9
     assert scores.model_version == classifier.checkpoint.sha256[:12]
@@ -55,8 +56,30 @@ def test_scores_have_the_types_of_their_docstring_and_probabilities_sum_to_one()
     assert (scores.digits.shape, str(scores.digits.dtype)) == ((3,), "uint8")
     assert (scores.probabilities.shape, str(scores.probabilities.dtype)) == ((3, 10), "float32")
     assert (scores.logits.shape, str(scores.logits.dtype)) == ((3, 10), "float32")
+    assert (scores.digit_scores.shape, str(scores.digit_scores.dtype)) == ((3,), "float32")
     np.testing.assert_allclose(scores.probabilities.sum(axis=1), 1, atol=1e-6)
     assert len(scores) == 3
+
+
+@pytest.mark.parametrize("rows", [1, 4], ids="{} rows".format)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_the_digit_score_is_the_log_of_the_sum_of_what_the_probabilities_are_shares_of(
+    temperature: float, rows: int
+) -> None:
+    scores = classifier_of(Manifest(temperature=temperature)).predict(PIXELS[:rows])
+    expected = torch.logsumexp(torch.from_numpy(scores.logits) / temperature, 1).numpy()
+    np.testing.assert_allclose(scores.digit_scores, expected, rtol=1e-5)
+    assert (scores.digit_scores.shape, str(scores.digit_scores.dtype)) == ((rows,), "float32")
+
+
+def test_scores_say_what_the_manifest_says_of_all_images_also_those_of_a_part() -> None:
+    labels = tuple("abcdefghij")
+    other = classifier_of(Manifest(digit_threshold=3.5, labels=labels))
+    blocks: list[Rows] = [PIXELS[:1], PIXELS[1:4]]
+    for scores in (other.predict(PIXELS[:1]), *other.run_batch(blocks)):
+        assert (scores.digit_threshold, scores.labels, len(scores.digit_scores)) == (3.5, labels, len(scores))
+    plain = classifier_of().predict(PIXELS[:2])
+    assert (plain.digit_threshold, plain.labels) == (None, ())
 
 
 def test_inference_is_without_dropout_and_repeats_itself() -> None:

@@ -183,10 +183,12 @@ def check_rows(response: pb.ModelInferResponse, rows: npt.NDArray[np.uint8]) -> 
     """The response answers these pixels, in order, with all outputs."""
     expected = Model().predict(rows)
     outputs = outputs_of(response)
-    assert list(outputs) == ["digit", "probabilities", "logits"]
+    assert list(outputs) == ["digit", "probabilities", "logits", "digit_score"]
     assert outputs["digit"].tolist() == expected.digits.tolist()
     np.testing.assert_allclose(outputs["probabilities"], expected.probabilities, atol=1e-5)
     np.testing.assert_allclose(outputs["logits"], expected.logits, atol=1e-4)
+    assert outputs["digit_score"].shape == (len(rows),)
+    np.testing.assert_allclose(outputs["digit_score"], expected.digit_scores, atol=1e-4)
 
 
 # What is answered -------------------------------------------------------------------
@@ -392,13 +394,18 @@ def bad_requests() -> dict[str, tuple[pb.ModelInferRequest, str, str]]:
         "unknown output": (
             asking("digit", "label"),
             "outputs[1].name",
-            "the tensors digit, probabilities and logits, not 'label'",
+            "the tensors digit, probabilities, logits and digit_score, not 'label'",
         ),
         "output twice": (asking("digit", "logits", "digit"), "outputs[2].name", "digit is asked for twice"),
         "classes of the digit": (
             asking("digit", classification=1),
             "outputs[0].parameters",
             "for the tensors with 10 classes, not for digit",
+        ),
+        "classes of the digit score": (
+            asking("digit_score", classification=1),
+            "outputs[0].parameters",
+            "for the tensors with 10 classes, not for digit_score",
         ),
         "no classes": (
             asking("logits", classification=0),
@@ -838,6 +845,7 @@ async def test_all_methods_answer_over_the_wire() -> None:
             ("digit", "INT64", [-1]),
             ("probabilities", "FP32", [-1, 10]),
             ("logits", "FP32", [-1, 10]),
+            ("digit_score", "FP32", [-1]),
         ]
         config = (await stub.ModelConfig(pb.ModelConfigRequest(name="mnist"), timeout=TIMEOUT)).config
         assert (config.name, config.max_batch_size) == ("mnist", 64)
@@ -850,6 +858,7 @@ async def test_all_methods_answer_over_the_wire() -> None:
             ("digit", pb.TYPE_INT64, [1]),
             ("probabilities", pb.TYPE_FP32, [10]),
             ("logits", pb.TYPE_FP32, [10]),
+            ("digit_score", pb.TYPE_FP32, [1]),
         ]
         check_rows(await stub.ModelInfer(raw(PIXELS[:5]), timeout=TIMEOUT), PIXELS[:5])
         counted = await stub.ModelStatistics(pb.ModelStatisticsRequest(name="mnist"), timeout=TIMEOUT)

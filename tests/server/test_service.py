@@ -33,9 +33,16 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (300, 784), np.uint8)
 class Model(Classifier):
     """An untrained network that remembers the rows of its batches and waits to be let go when held."""
 
-    def __init__(self, *, held: bool = False, version: str = "0123456789ab", seed: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        held: bool = False,
+        version: str = "0123456789ab",
+        seed: int = 0,
+        manifest: Manifest = Manifest(),  # noqa: B008  # it is frozen
+    ) -> None:
         torch.manual_seed(seed)
-        super().__init__(Checkpoint(ImprovedNN(), Manifest(), version + 52 * "0"))
+        super().__init__(Checkpoint(ImprovedNN(), manifest, version + 52 * "0"))
         self.batches: list[int] = []
         self.held = held
         self._begun = threading.Semaphore(0)
@@ -301,6 +308,27 @@ async def test_get_model_describes_what_is_served(model: Model) -> None:
     assert not described.HasField("test_accuracy")
     assert (described.max_batch_size, described.max_message_bytes) == (7, 2048)
     assert described.server_version
+
+
+async def test_answers_and_the_description_say_what_the_manifest_says_of_digits() -> None:
+    labels = tuple("abcdefghij")
+    manifest = Manifest(digit_threshold=-1.5, labels=labels)
+    async with serving(Model(manifest=manifest)) as service:
+        described = service.get_model()
+        response = await service.classify(request_of(slice(0, 3)))
+    assert described.digit_threshold == response.digit_threshold == -1.5
+    assert tuple(response.labels) == tuple(described.labels) == labels
+    assert len(response.digit_scores) == 3
+
+
+async def test_a_model_of_digits_without_a_threshold_sends_scores_alone(model: Model) -> None:
+    async with serving(model) as service:
+        described = service.get_model()
+        response = await service.classify(request_of(slice(0, 300)))
+    assert not described.HasField("digit_threshold")
+    assert not response.HasField("digit_threshold")
+    assert list(response.labels) == []
+    assert len(response.digit_scores) == 300
 
 
 async def test_a_full_queue_is_told_with_numbers_and_a_time_to_wait(held_model: Model) -> None:

@@ -14,7 +14,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&protos/mnist/v1/digit_classifier.proto\x12\x08mnist.v1\x1a\x1egoogle/protobuf/duration.proto\"\x85\x01\n\x0f\x43lassifyRequest\x12\x10\n\x06pixels\x18\x01 \x01(\x0cH\x00\x12\x12\n\x08\x66\x65\x61tures\x18\x02 \x01(\x0cH\x00\x12*\n\x07\x65ncoded\x18\x03 \x01(\x0b\x32\x17.mnist.v1.EncodedImagesH\x00\x12\x16\n\x0einclude_logits\x18\x04 \x01(\x08\x42\x08\n\x06images\"\x1e\n\rEncodedImages\x12\r\n\x05\x66iles\x18\x01 \x03(\x0c\"m\n\x10\x43lassifyResponse\x12\x0e\n\x06\x64igits\x18\x01 \x03(\r\x12\x15\n\rprobabilities\x18\x02 \x03(\x02\x12\x0e\n\x06logits\x18\x03 \x03(\x02\x12\"\n\x07receipt\x18\x04 \x01(\x0b\x32\x11.mnist.v1.Receipt\"\x94\x01\n\x07Receipt\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12\x12\n\nbatch_rows\x18\x02 \x01(\r\x12-\n\nqueue_time\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0c\x63ompute_time\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"o\n\x15StreamClassifyRequest\x12\x16\n\x0e\x66irst_sequence\x18\x01 \x01(\x04\x12)\n\x06\x66rames\x18\x02 \x01(\x0b\x32\x19.mnist.v1.ClassifyRequest\x12\x13\n\x0blatest_only\x18\x03 \x01(\x08\">\n\x16StreamClassifyResponse\x12$\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x14.mnist.v1.FrameBlock\"\x99\x01\n\nFrameBlock\x12\x16\n\x0e\x66irst_sequence\x18\x01 \x01(\x04\x12\x13\n\x0b\x66rame_count\x18\x02 \x01(\r\x12,\n\x06result\x18\x03 \x01(\x0b\x32\x1a.mnist.v1.ClassifyResponseH\x00\x12%\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x14.mnist.v1.FrameErrorH\x00\x42\t\n\x07outcome\"O\n\nFrameError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x13\n\x0bincident_id\x18\x04 \x01(\t\"\x11\n\x0fGetModelRequest\"\xde\x02\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x16\n\x0eweights_sha256\x18\x04 \x01(\t\x12\x17\n\x0fparameter_count\x18\x05 \x01(\x04\x12\x0e\n\x06labels\x18\x06 \x03(\t\x12\x1a\n\x12normalization_mean\x18\x07 \x01(\x02\x12\x19\n\x11normalization_std\x18\x08 \x01(\x02\x12\x13\n\x0btemperature\x18\t \x01(\x02\x12\x1a\n\rtest_accuracy\x18\n \x01(\x02H\x00\x88\x01\x01\x12\x0f\n\x07\x64\x61taset\x18\x0b \x01(\t\x12\x16\n\x0eserver_version\x18\x0c \x01(\t\x12\x16\n\x0emax_batch_size\x18\r \x01(\r\x12\x19\n\x11max_message_bytes\x18\x0e \x01(\x04\x42\x10\n\x0e_test_accuracy2\xf0\x01\n\x0f\x44igitClassifier\x12\x41\n\x08\x43lassify\x12\x19.mnist.v1.ClassifyRequest\x1a\x1a.mnist.v1.ClassifyResponse\x12W\n\x0eStreamClassify\x12\x1f.mnist.v1.StreamClassifyRequest\x1a .mnist.v1.StreamClassifyResponse(\x01\x30\x01\x12\x41\n\x08GetModel\x12\x19.mnist.v1.GetModelRequest\x1a\x1a.mnist.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&protos/mnist/v1/digit_classifier.proto\x12\x08mnist.v1\x1a\x1egoogle/protobuf/duration.proto\"\x85\x01\n\x0f\x43lassifyRequest\x12\x10\n\x06pixels\x18\x01 \x01(\x0cH\x00\x12\x12\n\x08\x66\x65\x61tures\x18\x02 \x01(\x0cH\x00\x12*\n\x07\x65ncoded\x18\x03 \x01(\x0b\x32\x17.mnist.v1.EncodedImagesH\x00\x12\x16\n\x0einclude_logits\x18\x04 \x01(\x08\x42\x08\n\x06images\"\x1e\n\rEncodedImages\x12\r\n\x05\x66iles\x18\x01 \x03(\x0c\"\xc5\x01\n\x10\x43lassifyResponse\x12\x0e\n\x06\x64igits\x18\x01 \x03(\r\x12\x15\n\rprobabilities\x18\x02 \x03(\x02\x12\x0e\n\x06logits\x18\x03 \x03(\x02\x12\"\n\x07receipt\x18\x04 \x01(\x0b\x32\x11.mnist.v1.Receipt\x12\x14\n\x0c\x64igit_scores\x18\x05 \x03(\x02\x12\x1c\n\x0f\x64igit_threshold\x18\x06 \x01(\x02H\x00\x88\x01\x01\x12\x0e\n\x06labels\x18\x07 \x03(\tB\x12\n\x10_digit_threshold\"\x94\x01\n\x07Receipt\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12\x12\n\nbatch_rows\x18\x02 \x01(\r\x12-\n\nqueue_time\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0c\x63ompute_time\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"o\n\x15StreamClassifyRequest\x12\x16\n\x0e\x66irst_sequence\x18\x01 \x01(\x04\x12)\n\x06\x66rames\x18\x02 \x01(\x0b\x32\x19.mnist.v1.ClassifyRequest\x12\x13\n\x0blatest_only\x18\x03 \x01(\x08\">\n\x16StreamClassifyResponse\x12$\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x14.mnist.v1.FrameBlock\"\x99\x01\n\nFrameBlock\x12\x16\n\x0e\x66irst_sequence\x18\x01 \x01(\x04\x12\x13\n\x0b\x66rame_count\x18\x02 \x01(\r\x12,\n\x06result\x18\x03 \x01(\x0b\x32\x1a.mnist.v1.ClassifyResponseH\x00\x12%\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x14.mnist.v1.FrameErrorH\x00\x42\t\n\x07outcome\"O\n\nFrameError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x13\n\x0bincident_id\x18\x04 \x01(\t\"\x11\n\x0fGetModelRequest\"\x90\x03\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x16\n\x0eweights_sha256\x18\x04 \x01(\t\x12\x17\n\x0fparameter_count\x18\x05 \x01(\x04\x12\x0e\n\x06labels\x18\x06 \x03(\t\x12\x1a\n\x12normalization_mean\x18\x07 \x01(\x02\x12\x19\n\x11normalization_std\x18\x08 \x01(\x02\x12\x13\n\x0btemperature\x18\t \x01(\x02\x12\x1a\n\rtest_accuracy\x18\n \x01(\x02H\x00\x88\x01\x01\x12\x0f\n\x07\x64\x61taset\x18\x0b \x01(\t\x12\x16\n\x0eserver_version\x18\x0c \x01(\t\x12\x16\n\x0emax_batch_size\x18\r \x01(\r\x12\x19\n\x11max_message_bytes\x18\x0e \x01(\x04\x12\x1c\n\x0f\x64igit_threshold\x18\x0f \x01(\x02H\x01\x88\x01\x01\x42\x10\n\x0e_test_accuracyB\x12\n\x10_digit_threshold2\xf0\x01\n\x0f\x44igitClassifier\x12\x41\n\x08\x43lassify\x12\x19.mnist.v1.ClassifyRequest\x1a\x1a.mnist.v1.ClassifyResponse\x12W\n\x0eStreamClassify\x12\x1f.mnist.v1.StreamClassifyRequest\x1a .mnist.v1.StreamClassifyResponse(\x01\x30\x01\x12\x41\n\x08GetModel\x12\x19.mnist.v1.GetModelRequest\x1a\x1a.mnist.v1.GetModelResponseb\x06proto3')
 
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, globals())
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.mnist.v1.digit_classifier_pb2', globals())
@@ -25,22 +25,22 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _CLASSIFYREQUEST._serialized_end=218
   _ENCODEDIMAGES._serialized_start=220
   _ENCODEDIMAGES._serialized_end=250
-  _CLASSIFYRESPONSE._serialized_start=252
-  _CLASSIFYRESPONSE._serialized_end=361
-  _RECEIPT._serialized_start=364
-  _RECEIPT._serialized_end=512
-  _STREAMCLASSIFYREQUEST._serialized_start=514
-  _STREAMCLASSIFYREQUEST._serialized_end=625
-  _STREAMCLASSIFYRESPONSE._serialized_start=627
-  _STREAMCLASSIFYRESPONSE._serialized_end=689
-  _FRAMEBLOCK._serialized_start=692
-  _FRAMEBLOCK._serialized_end=845
-  _FRAMEERROR._serialized_start=847
-  _FRAMEERROR._serialized_end=926
-  _GETMODELREQUEST._serialized_start=928
-  _GETMODELREQUEST._serialized_end=945
-  _GETMODELRESPONSE._serialized_start=948
-  _GETMODELRESPONSE._serialized_end=1298
-  _DIGITCLASSIFIER._serialized_start=1301
-  _DIGITCLASSIFIER._serialized_end=1541
+  _CLASSIFYRESPONSE._serialized_start=253
+  _CLASSIFYRESPONSE._serialized_end=450
+  _RECEIPT._serialized_start=453
+  _RECEIPT._serialized_end=601
+  _STREAMCLASSIFYREQUEST._serialized_start=603
+  _STREAMCLASSIFYREQUEST._serialized_end=714
+  _STREAMCLASSIFYRESPONSE._serialized_start=716
+  _STREAMCLASSIFYRESPONSE._serialized_end=778
+  _FRAMEBLOCK._serialized_start=781
+  _FRAMEBLOCK._serialized_end=934
+  _FRAMEERROR._serialized_start=936
+  _FRAMEERROR._serialized_end=1015
+  _GETMODELREQUEST._serialized_start=1017
+  _GETMODELREQUEST._serialized_end=1034
+  _GETMODELRESPONSE._serialized_start=1037
+  _GETMODELRESPONSE._serialized_end=1437
+  _DIGITCLASSIFIER._serialized_start=1440
+  _DIGITCLASSIFIER._serialized_end=1680
 # @@protoc_insertion_point(module_scope)

@@ -92,6 +92,13 @@ class ClassifyResponse(google.protobuf.message.Message):
     PROBABILITIES_FIELD_NUMBER: builtins.int
     LOGITS_FIELD_NUMBER: builtins.int
     RECEIPT_FIELD_NUMBER: builtins.int
+    DIGIT_SCORES_FIELD_NUMBER: builtins.int
+    DIGIT_THRESHOLD_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
+    digit_threshold: builtins.float
+    """An image with a lower digit score looks like no digit, whatever its class
+    above. Unset where the model does not say.
+    """
     @property
     def digits(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """[n]: the class with the highest probability, 0 to 9."""
@@ -110,6 +117,19 @@ class ClassifyResponse(google.protobuf.message.Message):
     def receipt(self) -> global___Receipt:
         """How these answers were computed."""
 
+    @property
+    def digit_scores(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """[n]: how much each image looks like a digit, log(sum(exp(logits /
+        temperature))); unbounded, higher for what looks more like one. Empty from
+        servers older than this field.
+        """
+
+    @property
+    def labels(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """[10]: the meaning of each class, as in GetModelResponse. Sent only where
+        these are not "0" to "9"; else empty.
+        """
+
     def __init__(
         self,
         *,
@@ -117,9 +137,13 @@ class ClassifyResponse(google.protobuf.message.Message):
         probabilities: collections.abc.Iterable[builtins.float] | None = ...,
         logits: collections.abc.Iterable[builtins.float] | None = ...,
         receipt: global___Receipt | None = ...,
+        digit_scores: collections.abc.Iterable[builtins.float] | None = ...,
+        digit_threshold: builtins.float | None = ...,
+        labels: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["receipt", b"receipt"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["digits", b"digits", "logits", b"logits", "probabilities", b"probabilities", "receipt", b"receipt"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_digit_threshold", b"_digit_threshold", "digit_threshold", b"digit_threshold", "receipt", b"receipt"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_digit_threshold", b"_digit_threshold", "digit_scores", b"digit_scores", "digit_threshold", b"digit_threshold", "digits", b"digits", "labels", b"labels", "logits", b"logits", "probabilities", b"probabilities", "receipt", b"receipt"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_digit_threshold", b"_digit_threshold"]) -> typing.Literal["digit_threshold"] | None: ...
 
 global___ClassifyResponse = ClassifyResponse
 
@@ -317,6 +341,7 @@ class GetModelResponse(google.protobuf.message.Message):
     SERVER_VERSION_FIELD_NUMBER: builtins.int
     MAX_BATCH_SIZE_FIELD_NUMBER: builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: builtins.int
+    DIGIT_THRESHOLD_FIELD_NUMBER: builtins.int
     name: builtins.str
     """The model's name, for example "mnist"."""
     version: builtins.str
@@ -343,6 +368,8 @@ class GetModelResponse(google.protobuf.message.Message):
     """The most rows in a batch; a larger request is split."""
     max_message_bytes: builtins.int
     """The longest request message that is read, in bytes."""
+    digit_threshold: builtins.float
+    """As in ClassifyResponse."""
     @property
     def labels(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """[10]: the meaning of each class, for example "0" to "9"."""
@@ -364,9 +391,13 @@ class GetModelResponse(google.protobuf.message.Message):
         server_version: builtins.str = ...,
         max_batch_size: builtins.int = ...,
         max_message_bytes: builtins.int = ...,
+        digit_threshold: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_test_accuracy", b"_test_accuracy", "test_accuracy", b"test_accuracy"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_test_accuracy", b"_test_accuracy", "architecture", b"architecture", "dataset", b"dataset", "labels", b"labels", "max_batch_size", b"max_batch_size", "max_message_bytes", b"max_message_bytes", "name", b"name", "normalization_mean", b"normalization_mean", "normalization_std", b"normalization_std", "parameter_count", b"parameter_count", "server_version", b"server_version", "temperature", b"temperature", "test_accuracy", b"test_accuracy", "version", b"version", "weights_sha256", b"weights_sha256"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_digit_threshold", b"_digit_threshold", "_test_accuracy", b"_test_accuracy", "digit_threshold", b"digit_threshold", "test_accuracy", b"test_accuracy"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_digit_threshold", b"_digit_threshold", "_test_accuracy", b"_test_accuracy", "architecture", b"architecture", "dataset", b"dataset", "digit_threshold", b"digit_threshold", "labels", b"labels", "max_batch_size", b"max_batch_size", "max_message_bytes", b"max_message_bytes", "name", b"name", "normalization_mean", b"normalization_mean", "normalization_std", b"normalization_std", "parameter_count", b"parameter_count", "server_version", b"server_version", "temperature", b"temperature", "test_accuracy", b"test_accuracy", "version", b"version", "weights_sha256", b"weights_sha256"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_digit_threshold", b"_digit_threshold"]) -> typing.Literal["digit_threshold"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_test_accuracy", b"_test_accuracy"]) -> typing.Literal["test_accuracy"] | None: ...
 
 global___GetModelResponse = GetModelResponse

@@ -70,6 +70,7 @@ def check_descriptions(client: Any, version: str) -> None:
         ("digit", "INT64", [-1]),
         ("probabilities", "FP32", [-1, 10]),
         ("logits", "FP32", [-1, 10]),
+        ("digit_score", "FP32", [-1]),
     ]
     config = client.get_model_config("mnist").config
     assert config.name == "mnist"
