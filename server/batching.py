@@ -162,7 +162,8 @@ class DynamicBatcher(Generic[Item, Result]):
         self._max_batch_size = max_batch_size
         self._max_wait_seconds = max_wait_ms / 1000
         self._max_queue_size = max_queue_size
-        self._inline_size = inline_size
+        self.inline_size = inline_size
+        """May be set at any time, for the batches from then on."""
         self._company = company
         self._observer = observer or Observer()
         self._queue: list[_Entry[Item, Result]] = []  # a heap; those that left it otherwise are still in it
@@ -243,7 +244,7 @@ class DynamicBatcher(Generic[Item, Result]):
             Exception: what `run_batch` raised.
         """
         rows = len(item)
-        if rows > min(self._inline_size, self._max_batch_size) or self._max_wait_seconds or self._closed:
+        if rows > min(self.inline_size, self._max_batch_size) or self._max_wait_seconds or self._closed:
             return None
         if self._entries or self._busy_since is not None or self._task is None or self._expected > 1:
             return None
@@ -374,7 +375,7 @@ class DynamicBatcher(Generic[Item, Result]):
         """
         self._since_look += 1
         expected = min(self._expected, ENOUGH_ITEMS)
-        if self._since_look > LOOK_EVERY and self._in_company and self._inline_size:
+        if self._since_look > LOOK_EVERY and self._in_company and self.inline_size:
             self._since_look = 0
             expected = ENOUGH_ITEMS
         if expected == 1:
@@ -446,7 +447,7 @@ class DynamicBatcher(Generic[Item, Result]):
         self._busy_since = start = time.monotonic()
         waited = [start - entry.entered for entry in batch]
         try:
-            if rows <= self._inline_size:
+            if rows <= self.inline_size:
                 results, compute_seconds = self._run_timed(items)
             else:
                 results, compute_seconds = await loop.run_in_executor(self._thread, self._run_timed, items)

@@ -71,7 +71,7 @@ PART_ROWS = 64
 """A large request is cut into parts of so many rows, so that a batch has room for parts of other callers."""
 
 INLINE_SIZE = 32
-"""Batches of up to this many images run on the event loop (docs/design.md has the figures)."""
+"""Batches of up to this many images run on the event loop, if the model is quick (docs/design.md has the figures)."""
 
 
 class DigitService:
@@ -92,7 +92,6 @@ class DigitService:
             max_batch_size=settings.max_batch_size,
             max_wait_ms=settings.max_wait_ms,
             max_queue_size=settings.max_queue_size,
-            inline_size=INLINE_SIZE if settings.device == "cpu" else 0,  # other devices may keep the loop waiting
             company=self._has_company,
             observer=self.observer,
         )
@@ -140,6 +139,7 @@ class DigitService:
     def serve_model(self, classifier: Classifier) -> None:
         """Answer with this model from the next batch on."""
         self._classifier = classifier
+        self._batcher.inline_size = INLINE_SIZE if classifier.is_quick else 0  # others would keep the loop waiting
         self.observer.model_served(classifier.checkpoint.version)
 
     def drain(self) -> None:

@@ -18,7 +18,12 @@ from server.version import server_version
 
 MAX_SECONDS = 1e9  # longer ones overflow in gRPC, and mean never
 ENVIRONMENT_PREFIX = "MNIST_GRPC_"
-EMBEDDED_WEIGHTS = str(resources.files("server").joinpath("weights", "mnist_model.pth"))
+MODELS = {
+    model: str(resources.files("server").joinpath("weights", file))
+    for model, file in (("improvednn", "mnist_model.pth"), ("cnn", "mnist_cnn.pth"))
+}
+"""The paths of the embedded weights, by the values of `--model`."""
+EMBEDDED_WEIGHTS = MODELS["improvednn"]
 
 
 class InvalidSetting(ValueError):
@@ -35,8 +40,13 @@ class Settings:
 
     host: str = _setting("127.0.0.1", "address to listen on")
     port: int = _setting(50051, "port to listen on; 0 picks a free one and prints it")
+    model: str = _setting(
+        "improvednn", "embedded weights to serve: improvednn, or cnn, which errs less and takes far longer"
+    )
     weights: str = _setting(
-        EMBEDDED_WEIGHTS, "weights file to serve, with its manifest (.json) beside it", "the embedded ones"
+        EMBEDDED_WEIGHTS,
+        "weights file to serve in place of embedded ones, with its manifest (.json) beside it",
+        "those of --model",
     )
     device: str = _setting("cpu", "torch device that computes, for example cpu or cuda:0")
     workers: int = _setting(
@@ -91,6 +101,10 @@ class Settings:
         self._require("max_message_bytes", "from 1024 to 1073741824", 1024 <= self.max_message_bytes <= 1 << 30)
         self._require("host", "an address or a name", bool(self.host))
         self._require("weights", "the path of a file", bool(PurePath(self.weights).name))
+        self._require("model", " or ".join(MODELS), self.model.lower() in MODELS)
+        object.__setattr__(self, "model", self.model.lower())
+        if self.weights == EMBEDDED_WEIGHTS:
+            object.__setattr__(self, "weights", MODELS[self.model])
         self._require("workers", "from 0 to 1024", 0 <= self.workers <= 1024)
         for name in ("grace", "drain_delay", "reload_interval", "max_connection_age", "max_connection_age_grace"):
             self._require(name, "0 or more", 0 <= getattr(self, name) <= MAX_SECONDS)
@@ -142,6 +156,11 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> t
             values[name], sources[name] = _cast(variable, environment[variable], cast), "environment"
         else:
             sources[name] = "default"
+    if "model" in values and "weights" in values:
+        raise InvalidSetting(
+            "--model, which names embedded weights, and --weights, a file, are not given together: "
+            + " and ".join(f"{flag(name)} is {values[name]!r} ({sources[name]})" for name in ("model", "weights"))
+        )
     return Settings(**values), sources
 
 

@@ -16,6 +16,7 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -24,6 +25,8 @@ from grpc_status import rpc_status
 from PIL import Image
 
 import server.service
+from digits.checkpoint import load_checkpoint
+from digits.preprocessing import normalize
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 from protos.mnist.v1 import digit_classifier_pb2_grpc as pb_grpc
 from server.app import DigitServer, build_server
@@ -31,7 +34,7 @@ from server.errors import ServiceError
 from server.inference import Classifier, Scores
 from server.inputs import Rows
 from server.service import DigitService
-from server.settings import Settings
+from server.settings import MODELS, Settings
 
 Golden = tuple[npt.NDArray[np.uint8], list[int]]
 
@@ -203,6 +206,21 @@ async def test_get_model_describes_the_embedded_weights(channel: grpc.aio.Channe
     assert len(model.weights_sha256) == 64
     assert model.weights_sha256.startswith(model.version)
     assert list(model.labels) == list("0123456789")
+
+
+async def test_the_other_embedded_model_reads_the_golden_digits_as_plain_torch_does(golden: Golden) -> None:
+    checkpoint = load_checkpoint(MODELS["cnn"])
+    manifest = checkpoint.manifest
+    with torch.inference_mode():
+        expected = checkpoint.network(torch.from_numpy(normalize(golden[0], manifest.mean, manifest.std))).numpy()
+    async with server_of(model="CNN") as (_, address), grpc.aio.insecure_channel(address) as channel:
+        model = await classifier_at(channel).GetModel(pb.GetModelRequest(), timeout=TIMEOUT)
+        response = await classifier_at(channel).Classify(pixels(golden[0], include_logits=True), timeout=TIMEOUT)
+        (one,) = (await classifier_at(channel).Classify(pixels(golden[0][7:8]), timeout=TIMEOUT)).digits
+    assert (model.architecture, model.version) == ("CNN", checkpoint.version)
+    assert one == response.digits[7]
+    check_digits(response, golden[1])
+    np.testing.assert_allclose(np.reshape(response.logits, (-1, 10)), expected, rtol=1e-3, atol=1e-3)
 
 
 # Health and reflection ---------------------------------------------------------------

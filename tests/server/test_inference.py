@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from digits.checkpoint import Checkpoint, Manifest, load_checkpoint, save_checkpoint
-from digits.network import ImprovedNN
+from digits.network import CNN, ImprovedNN
 from digits.preprocessing import normalize
 from digits.snapshot import InvalidCheckpoint, take_snapshot
-from server.inference import Classifier, UnfitModel, check_golden, load_classifier
+from server.inference import CACHED_ROWS, Classifier, UnfitModel, check_golden, load_classifier
 from server.inputs import Rows
 from server.settings import EMBEDDED_WEIGHTS
 
@@ -49,6 +49,25 @@ def test_the_embedded_weights_say_what_plain_torch_says_of_them(form: str, golde
     assert scores.digits.tolist() == expected.argmax(1).tolist()
     assert (scores.digits == golden[1]).mean() >= 0.9
     assert scores.model_version == classifier.checkpoint.sha256[:12]
+
+
+@pytest.mark.parametrize("rows", [1, 2, CACHED_ROWS + 1])
+def test_a_convolutional_network_says_what_plain_torch_says_of_it(rows: int) -> None:
+    torch.manual_seed(0)
+    network = CNN()
+    pixels = np.random.default_rng(1).integers(0, 256, (rows, 784), np.uint8)
+    expected = logits_of_plain_torch(network, pixels)
+    classifier = Classifier(Checkpoint(network, Manifest(architecture="CNN"), 64 * "0"))
+    for block in (pixels, normalize(pixels)):
+        scores = classifier.predict(block)
+        np.testing.assert_allclose(scores.logits, expected.numpy(), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(scores.digit_scores, torch.logsumexp(expected, 1).numpy(), rtol=1e-4, atol=1e-4)
+        assert scores.digits.tolist() == expected.argmax(1).tolist()
+
+
+def test_only_a_perceptron_is_quick() -> None:
+    assert classifier_of().is_quick
+    assert not Classifier(Checkpoint(CNN(), Manifest(architecture="CNN"), 64 * "0")).is_quick
 
 
 def test_scores_have_the_types_of_their_docstring_and_probabilities_sum_to_one() -> None:

@@ -139,6 +139,7 @@ def test_the_environment_is_read_and_json_logs_are_json(server_process: Start) -
         (["--port", "65536"], {}, ["--port", "from 0 to 65535", "65536"]),
         (["--max-batch-size", "many"], {}, ["--max-batch-size", "a whole number", "'many'"]),
         ([], {"MNIST_GRPC_GRACE": "long"}, ["MNIST_GRPC_GRACE", "a number", "'long'"]),
+        (["--model", "cnn", "--weights", "my.pth"], {}, ["--model", "--weights", "not given together", "'my.pth'"]),
     ],
 )
 def test_a_bad_setting_exits_with_2_and_one_line(

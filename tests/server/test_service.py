@@ -310,6 +310,27 @@ async def test_get_model_describes_what_is_served(model: Model) -> None:
     assert described.server_version
 
 
+async def test_a_model_that_is_not_quick_leaves_the_loop_free() -> None:
+    threads = []
+
+    class Watched(Model):
+        def run_batch(self, blocks: Sequence[Rows]) -> list[Scores]:
+            threads.append(threading.current_thread())
+            return super().run_batch(blocks)
+
+    class Slow(Watched):
+        is_quick = False
+
+    async with serving(Watched()) as service:
+        await service.classify(request_of(slice(0, 1)))
+        service.serve_model(Slow())
+        await service.classify(request_of(slice(0, 1)))
+        service.serve_model(Watched())
+        await service.classify(request_of(slice(0, 1)))
+    here = threading.main_thread()
+    assert [thread is here for thread in threads] == [True, False, True]
+
+
 async def test_answers_and_the_description_say_what_the_manifest_says_of_digits() -> None:
     labels = tuple("abcdefghij")
     manifest = Manifest(digit_threshold=-1.5, labels=labels)

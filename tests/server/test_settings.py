@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
+from pathlib import PurePath
 
 import pytest
 
-from server.settings import InvalidSetting, Settings, environment_variable, flag, read_settings
+from server.settings import (
+    EMBEDDED_WEIGHTS,
+    MODELS,
+    InvalidSetting,
+    Settings,
+    environment_variable,
+    flag,
+    read_settings,
+)
 
 NAMES = [setting.name for setting in fields(Settings)]
 
@@ -47,6 +56,33 @@ def test_every_setting_is_a_flag_and_an_environment_variable(name: str) -> None:
         settings, sources = read_settings(arguments, environment)
         assert settings == Settings()
         assert sources[name] == source
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "file"),
+    [("cnn", "cnn", "mnist_cnn.pth"), ("CNN", "cnn", "mnist_cnn.pth"), ("ImprovedNN", "improvednn", "mnist_model.pth")],
+)
+def test_a_model_is_named_in_any_case_and_has_its_embedded_weights(name: str, model: str, file: str) -> None:
+    for settings in (
+        read_settings(["--model", name], {})[0],
+        read_settings([], {"MNIST_GRPC_MODEL": name})[0],
+        Settings(model=name),
+    ):
+        assert (settings.model, settings.weights) == (model, MODELS[model])
+        assert PurePath(settings.weights).name == file
+
+
+@pytest.mark.parametrize("model", ["cnn", "improvednn"])
+@pytest.mark.parametrize("weights", ["mine.pth", EMBEDDED_WEIGHTS])
+def test_a_model_and_a_file_of_weights_are_not_given_together(model: str, weights: str) -> None:
+    for arguments, environment, told in (
+        (["--model", model, "--weights", weights], {}, f"is {model!r} (flag) and --weights is {weights!r} (flag)"),
+        (["--weights", weights], {"MNIST_GRPC_MODEL": model}, f"--model is {model!r} (environment) and --weights"),
+        (["--model", model], {"MNIST_GRPC_WEIGHTS": weights}, f"--weights is {weights!r} (environment)"),
+    ):
+        with pytest.raises(InvalidSetting, match=r"^--model, .* and --weights, .* are not given together: ") as error:
+            read_settings(arguments, environment)
+        assert told in str(error.value)
 
 
 def test_help_names_every_flag_and_the_environment(capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,6 +125,8 @@ def test_an_unknown_or_unfinished_flag_exits_with_2(arguments: list[str], capsys
         ("max_message_bytes", "1023", "--max-message-bytes is from 1024 to 1073741824, not 1023"),
         ("grace", "-1", "--grace is 0 or more, not -1.0"),
         ("grace", "inf", "--grace is 0 or more, not inf"),
+        ("model", "lenet", "--model is improvednn or cnn, not 'lenet'"),
+        ("model", "", "--model is improvednn or cnn, not ''"),
         ("log_format", "xml", "--log-format is text or json, not 'xml'"),
         ("log_level", "loud", "--log-level is debug, info, warning or error, not 'loud'"),
     ],
