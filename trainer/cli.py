@@ -1,6 +1,7 @@
 """The command line: arguments in; lines, files and an exit status out.
 
 `python -m trainer [train]` makes weights, `python -m trainer evaluate` measures
+them, `card` tells all there is to tell of
 them, `python -m trainer promote` puts them in the place of others. Exit status
 0: done; 1: the data, the weights or the training failed, or the weights are no
 better; 2: a flag is wrong; 130: interrupted.
@@ -34,10 +35,20 @@ from digits.checkpoint import (
 from trainer import report
 from trainer.augmentation import Augmentation
 from trainer.calibration import coverage, fit_temperature, reliability
-from trainer.data import Data, DataError, LabelledPixels
+from trainer.card import model_card, picture_name
+from trainer.data import DIGITS, Data, DataError, LabelledPixels
 from trainer.datasets import load_data
 from trainer.evaluation import Evaluation, evaluation_of, read
-from trainer.flags import WEIGHTS, evaluation_parser, given_settings, promotion_parser, settings_of, training_parser
+from trainer.flags import (
+    WEIGHTS,
+    card_parser,
+    evaluation_parser,
+    given_settings,
+    promotion_parser,
+    settings_of,
+    training_parser,
+)
+from trainer.measurement import digit_scores, measure, read_pictures
 from trainer.promotion import NotPromoted, promote
 from trainer.run import Run, RunError, environment, json_bytes, make_folder
 from trainer.settings import RECIPES, InvalidSetting, TrainingSettings
@@ -67,6 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+REFUSED = 0.007
+"""The share of validation digits that look like none: the threshold is to refuse at most 1 % of others."""
+
+
 class Interrupted(Exception):
     """A training was stopped from the keyboard; the message says how to go on."""
 
@@ -85,8 +100,8 @@ def _run_training(options: argparse.Namespace) -> None:
     else:
         run = begun
         run.check_data(data)
-    training = _train(run, run.folder, data, _teachers(run, data, options), options)
-    _write_results(run, data, training)
+    teachers = _teachers(run, data, options)
+    _write_results(run, data, _train(run, run.folder, data, teachers, options), teachers)
 
 
 def _teachers(run: Run, data: Data, options: argparse.Namespace) -> list[Checkpoint]:
@@ -107,7 +122,7 @@ def _teachers(run: Run, data: Data, options: argparse.Namespace) -> list[Checkpo
         )
         teachers = Run.go_on(folder) if folder.exists() else Run.begin(folder, settings, data)
         teachers.check_data(data)
-        _write_results(teachers, data, _train(teachers, run.folder, data, [], options))
+        _write_results(teachers, data, _train(teachers, run.folder, data, [], options), [])
     return [load_checkpoint(folder / WEIGHTS)]
 
 
@@ -135,20 +150,22 @@ def _train(run: Run, whole: Path, data: Data, teachers: list[Checkpoint], option
         ) from None
 
 
-def _write_results(run: Run, data: Data, training: Training) -> None:
+def _write_results(run: Run, data: Data, training: Training, teachers: list[Checkpoint]) -> None:
     """Measure on the test images, and write the weights and all there is to tell."""
     settings = run.settings
     validation = training.validation
     temperature = fit_temperature(read(training.network, validation.pixels), validation.labels)
+    scores = digit_scores(read(training.network, validation.pixels), temperature)
     logits = read(training.network, data.test.pixels)
     test = evaluation_of(logits, data.test.labels)
     manifest = Manifest(
         architecture=settings.architecture,
         temperature=temperature,
+        digit_threshold=round(float(scores.quantile(REFUSED)), 4) if data.labels == DIGITS else None,
         labels=data.labels,
         dataset=data.name,
         test_accuracy=test.accuracy,
-        training=_provenance(settings, training, test),
+        training=_provenance(settings, training, test, teachers),
     )
     weights = run.folder / WEIGHTS
     sha256 = save_checkpoint(weights, training.network, manifest)
@@ -186,9 +203,12 @@ def _begun_run(options: argparse.Namespace) -> Run:
     return run
 
 
-def _provenance(settings: TrainingSettings, training: Training, test: Evaluation) -> dict[str, Any]:
+def _provenance(
+    settings: TrainingSettings, training: Training, test: Evaluation, teachers: list[Checkpoint]
+) -> dict[str, Any]:
     """How the weights were made, for the manifest; without paths, which are the machine's own."""
     chosen = asdict(settings)
+    chosen["teacher"] = [f"{teacher.manifest.architecture} {teacher.version}" for teacher in teachers]
     return {
         "seed": chosen.pop("seed"),
         "settings": chosen,
@@ -234,6 +254,31 @@ def _run_evaluation(options: argparse.Namespace) -> None:
         write_atomically(options.out / "evaluation.json", json_bytes(record))
 
 
+def _run_card(options: argparse.Namespace) -> None:
+    _prepare(options.threads, "cpu")
+    checkpoints = [load_checkpoint(path) for path in options.weights]
+    test = _load("mnist", options).test
+    pictures = read_pictures(options.pictures) if options.pictures else None
+    others = {name: _load(name, options).test.pixels for name in options.others}
+    measured = []
+    for checkpoint in checkpoints:
+        what = checkpoint.manifest.architecture
+
+        def progress(kinds: Iterable[str], count: int, what: str = what) -> Iterable[str]:
+            return tqdm(kinds, total=count, desc=what, unit=" kinds", leave=False, disable=None)
+
+        measured.append(measure(checkpoint, test, pictures, others, progress))
+    seeds = [json.loads((run / "metrics.json").read_text())["test"]["accuracy"] for run in options.seeds]
+    command = "python -m trainer card" + " --pictures DIR" * bool(pictures) + " --seeds RUN…" * bool(seeds)
+    write_atomically(options.out / "model-card.md", model_card(measured, seeds, command).encode())
+    for model in measured:
+        name = model.checkpoint.manifest.architecture
+        logits = model.logits / model.checkpoint.manifest.temperature
+        picture = report.draw_mistakes(test.pixels, test.labels, logits, f"{name}, MNIST test", most=len(test))
+        write_atomically(options.out / "pictures" / picture_name(name), picture)
+    print(f"written: {options.out / 'model-card.md'}")
+
+
 def _run_promotion(options: argparse.Namespace) -> None:
     new = options.run / WEIGHTS if options.run.is_dir() else options.run
     promoted, before = promote(new, options.to, options.tolerance, options.force)
@@ -246,6 +291,7 @@ def _run_promotion(options: argparse.Namespace) -> None:
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], Callable[[], argparse.ArgumentParser]]] = {
     "train": (_run_training, training_parser),
     "evaluate": (_run_evaluation, evaluation_parser),
+    "card": (_run_card, card_parser),
     "promote": (_run_promotion, promotion_parser),
 }
 

@@ -14,6 +14,8 @@ from trainer.settings import DEVICES, RECIPES, InvalidSetting, TrainingSettings,
 WEIGHTS = "mnist_model.pth"
 LAYOUT = "--data-dir has torchvision's layout: DIR/MNIST/raw/*-ubyte, each of the four files plain or with .gz."
 DEFAULTS = TrainingSettings()
+EMBEDDED = [Path("server/weights") / name for name in (WEIGHTS, "mnist_cnn.pth")]
+"""In a checkout."""
 
 
 def training_parser() -> argparse.ArgumentParser:
@@ -21,6 +23,7 @@ def training_parser() -> argparse.ArgumentParser:
         prog="python -m trainer",
         usage="python -m trainer [train] [flags]\n"
         "       python -m trainer evaluate --weights PATH [flags]\n"
+        "       python -m trainer card [flags]\n"
         "       python -m trainer promote RUN [--to PATH]",
         description="Train weights for the server on MNIST. The epoch with the lowest validation loss is kept, "
         f"measured once on the test images, and written to --out: {WEIGHTS}, its manifest, metrics, pictures and "
@@ -131,6 +134,33 @@ def evaluation_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print one line of JSON, for programs")
     _add_dataset(parser, DEFAULTS.dataset)
     _add_common(parser, "also write evaluation.json and confusion.png to this folder")
+    return parser
+
+
+def card_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer card",
+        description="Measure the weights that the server ships with, or others, on all there is: MNIST's test images, "
+        "whole, damaged and moved, pictures that show no digit, and pictures of your own; and write the model card.",
+        epilog=LAYOUT,
+    )
+    parser.add_argument(
+        "--weights", type=Path, nargs="+", metavar="PATH", default=EMBEDDED, help="(default: the embedded ones)"
+    )
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="pictures of digits; DIR/manifest.csv lists them")
+    parser.add_argument(
+        "--others",
+        nargs="+",
+        metavar="NAME",
+        choices=[name for name in DATASETS if name.endswith("mnist") and name not in ("mnist", "qmnist")],
+        default=[],
+        help="data sets that show no digits, to be refused: fashion-mnist, kmnist",
+    )
+    parser.add_argument(
+        "--seeds", type=Path, nargs="+", metavar="RUN", default=[], help="runs of the first recipe with other seeds"
+    )
+    _add_common(parser, "where to write model-card.md and its pictures (default: docs)")
+    parser.set_defaults(out=Path("docs"))
     return parser
 
 

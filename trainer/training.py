@@ -169,10 +169,9 @@ class _Loop:
         self._averaged = copy.deepcopy(self._network)
         material = Material(settings, self._images, data.labels == DIGITS)
         self._material: Material | Lessons = material
-        if teachers:
-            self._material = Lessons(material, self._answers_of(teachers), settings.lessons, progress)
-        self._progress = progress
         self._steps = material.steps
+        self._teachers = teachers
+        self._progress = progress
         self._epochs: list[Epoch] = []
         self._best_network: nn.Module = network
 
@@ -216,6 +215,8 @@ class _Loop:
 
     def run_epoch(self) -> Epoch:
         """Pass over the training images once, then validate."""
+        if self._teachers and isinstance(self._material, Material):
+            self._material = self._lessons(self._material)
         started = time.perf_counter()
         number = len(self._epochs) + 1
         self._network.train()
@@ -262,6 +263,12 @@ class _Loop:
         torch.autograd.backward(loss)
         self._optimizer.step()
         return loss.item()
+
+    def _lessons(self, material: Material) -> Lessons:
+        """The teachers' answers; the same ones where a training goes on."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._settings.seed)
+            return Lessons(material, self._answers_of(self._teachers), self._settings.lessons, self._progress)
 
     def _answers_of(self, teachers: Sequence[Checkpoint]) -> Callable[[Tensor], Tensor]:
         """The logits of the teachers' mean probabilities."""
