@@ -133,7 +133,7 @@ def train(
     devices = [] if settings.device in ("cpu", "mps") else [torch.device(settings.device)]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(settings.seed)
-        loop = _Loop(settings, data, teachers, progress)
+        loop = TrainingLoop(settings, data, teachers, progress)
         if state is not None:
             loop.go_on_from(state)
         while not loop.is_over:
@@ -143,7 +143,7 @@ def train(
         return loop.training()
 
 
-class _Loop:
+class TrainingLoop:
     """A training between its epochs."""
 
     def __init__(
@@ -168,7 +168,8 @@ class _Loop:
         )
         self._averaged = copy.deepcopy(self._network)
         material = Material(settings, self._images, data.labels == DIGITS)
-        self._material: Material | Lessons = material
+        self.material: Material | Lessons = material
+        """Where the batches come from; the teachers' lessons from the first epoch on."""
         self._steps = material.steps
         self._teachers = teachers
         self._progress = progress
@@ -215,13 +216,13 @@ class _Loop:
 
     def run_epoch(self) -> Epoch:
         """Pass over the training images once, then validate."""
-        if self._teachers and isinstance(self._material, Material):
-            self._material = self._lessons(self._material)
+        if self._teachers and isinstance(self.material, Material):
+            self.material = self._lessons(self.material)
         started = time.perf_counter()
         number = len(self._epochs) + 1
         self._network.train()
         total_loss = rate = 0.0
-        for step, batch in zip(self._progress(range(self._steps), number), self._material.epoch(), strict=True):
+        for step, batch in zip(self._progress(range(self._steps), number), self.material.epoch(), strict=True):
             taken = (number - 1) * self._steps + step
             rate = learning_rate_at(taken, self._steps, self._settings)
             loss = self._step(batch, rate)
