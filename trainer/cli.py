@@ -94,23 +94,23 @@ def _run_training(options: argparse.Namespace) -> None:
     settings = settings_of(options) if begun is None else begun.settings
     _prepare(options.threads, settings.device)
     data = _load(settings.dataset, options)
+    if settings.teacher in ("none", "cnn"):
+        teachers = []
+    else:
+        teachers = [load_checkpoint(path) for path in settings.teacher.split(",")]
     if begun is None:
         out = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
         run = Run.begin(out, settings, data)  # now, and not after minutes of training
     else:
         run = begun
         run.check_data(data)
-    teachers = _teachers(run, data, options)
+    if settings.teacher == "cnn":
+        teachers = [_teacher(run, data, options)]
     _write_results(run, data, _train(run, run.folder, data, teachers, options), teachers)
 
 
-def _teachers(run: Run, data: Data, options: argparse.Namespace) -> list[Checkpoint]:
-    """The networks that the run's settings name; one that is to be trained first has a run in a folder of its own."""
-    teacher = run.settings.teacher
-    if teacher == "none":
-        return []
-    if teacher != "cnn":
-        return [load_checkpoint(path) for path in teacher.split(",")]
+def _teacher(run: Run, data: Data, options: argparse.Namespace) -> Checkpoint:
+    """The network that is trained before the run's own, as a run in a folder within the run's."""
     folder = run.folder / "teacher"
     if not (folder / WEIGHTS).exists():
         print("\nThe teacher, by --recipe cnn:", flush=True)
@@ -120,10 +120,10 @@ def _teachers(run: Run, data: Data, options: argparse.Namespace) -> list[Checkpo
             | {name: getattr(run.settings, name) for name in ("dataset", "validation_size", "seed", "device")}
             | {"epochs": min(own["epochs"], run.settings.epochs)}
         )
-        teachers = Run.go_on(folder) if folder.exists() else Run.begin(folder, settings, data)
-        teachers.check_data(data)
-        _write_results(teachers, data, _train(teachers, run.folder, data, [], options), [])
-    return [load_checkpoint(folder / WEIGHTS)]
+        own_run = Run.go_on(folder) if folder.exists() else Run.begin(folder, settings, data)
+        own_run.check_data(data)
+        _write_results(own_run, data, _train(own_run, run.folder, data, [], options), [])
+    return load_checkpoint(folder / WEIGHTS)
 
 
 def _train(run: Run, whole: Path, data: Data, teachers: list[Checkpoint], options: argparse.Namespace) -> Training:

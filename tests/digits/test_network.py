@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from digits.checkpoint import Checkpoint, Manifest
-from digits.network import ARCHITECTURES, DROPOUT, ImprovedNN
+from digits.network import ARCHITECTURES, CNN, DROPOUT, ImprovedNN
 
 
 @pytest.fixture
@@ -32,6 +32,10 @@ def test_the_state_dict_has_the_origins_keys_and_shapes(network: ImprovedNN) -> 
 
 def test_it_has_235146_parameters(network: ImprovedNN) -> None:
     assert Checkpoint(network, Manifest(), "").parameter_count == 235_146
+
+
+def test_the_convolutional_network_has_280266_parameters() -> None:
+    assert sum(parameter.numel() for parameter in CNN().parameters()) == 280_266
 
 
 def test_weights_begin_kaiming_normal_and_biases_at_zero(network: ImprovedNN) -> None:

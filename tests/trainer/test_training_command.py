@@ -104,6 +104,40 @@ def test_training_from_a_shell_writes_a_model_that_loads_and_says_how_to_serve_i
     assert [event.step for event in events.Scalars("validation_accuracy")] == [1, 2]
 
 
+def test_by_default_a_teacher_is_trained_first_in_a_folder_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--dataset", "sklearn", "--epochs", "2", "--validation-size", "300"]
+    out = tmp_path / "run"
+    assert main(["--out", str(out), *flags]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count(" 1/2 ") == shown.count(" 2/2 ") == shown.count("test accuracy") == 2
+    teacher = load_checkpoint(out / "teacher" / "mnist_model.pth")
+    assert teacher.manifest.architecture == "CNN"
+    pupil = load_checkpoint(out / "mnist_model.pth")
+    assert pupil.manifest.architecture == "ImprovedNN"
+    assert pupil.manifest.training["settings"]["teacher"] == [f"CNN {teacher.version}"]
+
+    # The teacher is there already, and the pupil over: nothing is learnt anew.
+    assert main(["--resume", str(out)]) == 0
+    assert load_checkpoint(out / "mnist_model.pth").sha256 == pupil.sha256
+    (out / "state.pt").unlink()
+    assert main(["--resume", str(out)]) == 0
+    assert load_checkpoint(out / "mnist_model.pth").sha256 == pupil.sha256, "trained anew, by the same answers"
+
+    named = ["--teacher", f"{out / 'teacher' / 'mnist_model.pth'}", "--out", str(tmp_path / "other"), *flags]
+    assert main(named) == 0
+    assert load_checkpoint(tmp_path / "other" / "mnist_model.pth").sha256 == pupil.sha256, "as by the same teacher"
+    assert str(tmp_path) not in (tmp_path / "other" / "mnist_model.json").read_text()
+
+
+@pytest.mark.parametrize("teacher", ["none.pth", "none.pth,other.pth"])
+def test_a_teacher_that_is_none_is_named(teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--dataset", "sklearn", "--teacher", teacher, "--out", str(tmp_path / "run")]) == 1
+    assert "none.pth" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
     path = tmp_path / "weights" / "mnist_model.pth"
