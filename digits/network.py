@@ -44,7 +44,7 @@ class ImprovedNN(nn.Module):
 
 
 class CNN(nn.Module):
-    """A convolutional network of 280,266 parameters, for whom half a percent of mistakes is too many.
+    """A convolutional network of 280,266 parameters, for those to whom half a percent of mistakes is too many.
 
     Five convolutions (5x5, then 3x3 as in K. Simonyan, A. Zisserman, ICLR 2015)
     with ReLU on 28x28, 14x14, 14x14, 7x7 and 7x7 pixels; the mean and the
