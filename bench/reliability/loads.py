@@ -23,7 +23,7 @@ from protos.inference import grpc_inference_service_pb2 as oip
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 from protos.mnist.v1 import digit_classifier_pb2_grpc as pb_grpc
 
-OUTPUTS = {"digit": "<i8", "probabilities": "<f4", "logits": "<f4"}
+OUTPUTS = {"digit": "<i8", "probabilities": "<f4", "logits": "<f4", "digit_score": "<f4"}
 """Of the Open Inference Protocol."""
 
 
