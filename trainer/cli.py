@@ -1,10 +1,10 @@
 """The command line: arguments in; lines, files and an exit status out.
 
 `python -m trainer [train]` makes weights, `python -m trainer evaluate` measures
-them, `card` tells all there is to tell of
-them, `python -m trainer promote` puts them in the place of others. Exit status
-0: done; 1: the data, the weights or the training failed, or the weights are no
-better; 2: a flag is wrong; 130: interrupted.
+them, `python -m trainer card` tells all there is to tell of them, and `python -m
+trainer promote` puts them in the place of others. Exit status 0: done; 1: the
+data, the weights or the training failed, or the weights are no better; 2: a flag
+is wrong; 130: interrupted.
 """
 
 from __future__ import annotations

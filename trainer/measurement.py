@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -103,7 +103,12 @@ def measure(
         name: whole.accuracy - sum(accuracy(moved(test.pixels, **way)) for way in ways) / len(ways)
         for name, ways in MOVES.items()
     }
-    read_pictures = None if pictures is None else logits_of(pictures.pixels)
+    of_pictures, pictures_error, pictures_refused = None, None, None
+    if pictures is not None:
+        read_there = logits_of(pictures.pixels)
+        of_pictures = evaluation_of(read_there, pictures.labels).correct, len(pictures)
+        pictures_error = reliability(read_there, pictures.labels, manifest.temperature).expected_error
+        pictures_refused = refused(read_there)
     return Measurement(
         checkpoint=checkpoint,
         test=whole,
@@ -114,13 +119,9 @@ def measure(
         damaged=damaged,
         damaged_through_client=through_client,
         lost=lost,
-        pictures=None
-        if pictures is None or read_pictures is None
-        else (evaluation_of(read_pictures, pictures.labels).correct, len(pictures)),
-        pictures_calibration_error=None
-        if pictures is None or read_pictures is None
-        else reliability(read_pictures, pictures.labels, manifest.temperature).expected_error,
-        pictures_refused=None if read_pictures is None else refused(read_pictures),
+        pictures=of_pictures,
+        pictures_calibration_error=pictures_error,
+        pictures_refused=pictures_refused,
     )
 
 
@@ -168,12 +169,9 @@ def other_pictures(digits: LabelledPixels) -> dict[str, Tensor]:
 
 
 def _letters() -> Tensor:
-    import matplotlib
-
-    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     pictures = []
     for name in OTHER_FONTS:
-        font = ImageFont.truetype(str(folder / f"{name}.ttf"), 6 * INK_SIDE)
+        font = outliers.font_of(name, 6 * INK_SIDE)
         for letter in "ACEFGHKLMNPRTUVWXYacdefhkmnprtuvwxy":
             page = Image.new("L", (10 * INK_SIDE, 10 * INK_SIDE), 255)
             ImageDraw.Draw(page).text((INK_SIDE, INK_SIDE), letter, font=font, fill=0)

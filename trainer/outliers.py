@@ -2,10 +2,9 @@
 
 Letters and signs from the fonts that come with matplotlib, scribbles, two digits
 over or beside each other, digits turned or mirrored, blots, textures, noise and
-blank paper. A model that is taught to spread its
-probabilities evenly over such pictures also does so on others that it never
-saw: D. Hendrycks, M. Mazeika, T. Dietterich, "Deep Anomaly Detection with
-Outlier Exposure", ICLR 2019.
+blank paper. A model that is taught to spread its probabilities evenly over such
+pictures also does so on others that it never saw: D. Hendrycks, M. Mazeika,
+T. Dietterich, "Deep Anomaly Detection with Outlier Exposure", ICLR 2019.
 
 Whole batches are made at once. Draws from torch's global CPU generator and
 from nothing else. Knows nothing of training or networks.
@@ -177,15 +176,19 @@ def _pixels(images: Tensor) -> Tensor:
     return (images.clamp(0, 1) * 255).round().to(torch.uint8).reshape(-1, SIDE * SIDE)
 
 
+def font_of(name: str, size: int) -> ImageFont.FreeTypeFont:
+    """One of the fonts that come with matplotlib, by the name of its file, at so many pixels."""
+    import matplotlib
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"), size)
+
+
 @functools.cache
 def _glyphs() -> Tensor:
     """Every glyph in every font, laid out as digits are, `uint8[n, 784]`."""
-    import matplotlib
-
-    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     pictures = []
     for name in FONTS:
-        font = ImageFont.truetype(str(folder / f"{name}.ttf"), 4 * INK_SIDE)
+        font = font_of(name, 4 * INK_SIDE)
         for glyph in GLYPHS:
             left, top, right, bottom = font.getbbox(glyph)
             picture = Image.new("L", (round(right - left), round(bottom - top)))
