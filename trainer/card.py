@@ -8,6 +8,9 @@ from digits.preprocessing import CLASSES
 from trainer.calibration import wilson_interval
 from trainer.measurement import THROUGH_CLIENT, Measurement
 
+TWO_DIGITS = "overlaid"
+"""The kind of pictures without a digit that has two of them, either of which is an answer; told beside the mean."""
+
 
 def model_card(models: Sequence[Measurement], seeds: Sequence[float], command: str) -> str:
     """Return the card.
@@ -30,8 +33,9 @@ def model_card(models: Sequence[Measurement], seeds: Sequence[float], command: s
         "Intervals are Wilson's, 95 %.\n",
         "## What is no digit\n",
         "The share of pictures that are refused, at the threshold in the manifest, which was chosen on validation\n"
-        "images. Training saw other pictures of the kinds down to noise, and none of those below.\n",
-        _table("refused", names, _by_kind([model.refused for model in models])),
+        "images. Training saw other pictures of the kinds down to noise, and of two digits over each other, and none of\n"
+        "the rest.\n",
+        _table("refused", names, _by_kind([_without_digit(model) for model in models])),
         "## Damaged digits\n",
         "Accuracy on the test images with each of the fifteen kinds of damage of MNIST-C (own implementation,\n"
         f"`trainer.corruptions`): as pixels, and, of the first {THROUGH_CLIENT}, as arrays that go through\n"
@@ -90,13 +94,21 @@ def _quality(models: Sequence[Measurement], seeds: Sequence[float]) -> list[tupl
         ]
     rows += [
         ("refused test digits (1 %)", [_share(model.refused_digits) for model in models]),
-        ("refused non-digits, mean of the kinds below (95 %)", [_share(_mean(model.refused)) for model in models]),
+        (
+            "refused non-digits, mean of the kinds below (95 %)",
+            [_share(_mean(_without_digit(model))) for model in models],
+        ),
+        ("refused pictures of two digits over each other", [_share(model.refused.get(TWO_DIGITS)) for model in models]),
         ("damaged digits, mean of fifteen kinds (96 %)", [_share(_mean(model.damaged)) for model in models]),
         ("the same through the SDK", [_share(_mean(model.damaged_through_client)) for model in models]),
     ]
     for name in models[0].lost:
         rows.append((f"lost where {name} (0.5 points)", [f"{model.lost[name] * 100:.2f} points" for model in models]))
     return rows
+
+
+def _without_digit(model: Measurement) -> dict[str, float]:
+    return {kind: share for kind, share in model.refused.items() if kind != TWO_DIGITS}
 
 
 def _recall(model: Measurement, digit: int) -> str:

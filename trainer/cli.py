@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-REFUSED = 0.007
+REFUSED = 0.0085
 """The share of validation digits that look like none: the threshold is to refuse at most 1 % of others."""
 
 

@@ -42,6 +42,9 @@ def test_figures_are_those_of_the_model(checkpoint: Checkpoint, digits_data: Dat
     assert "| test accuracy (99.50 %, 99.75 %) |" in card
     assert "mean over 2 seeds (99.45 %) | 98.50% (99.00%, 98.00%)" in card
     assert checkpoint.version in card
+    kinds = {kind: share for kind, share in measured.refused.items() if kind != "overlaid"}
+    assert f"mean of the kinds below (95 %) | {sum(kinds.values()) / len(kinds):.1%} |" in card
+    assert f"| refused pictures of two digits over each other | {measured.refused['overlaid']:.1%} |" in card
 
 
 def test_a_model_without_a_threshold_refuses_nothing_and_the_card_says_so(
