@@ -33,7 +33,7 @@ def model_card(models: Sequence[Measurement], seeds: Sequence[float], command: s
         "Intervals are Wilson's, 95 %.\n",
         "## What is no digit\n",
         "The share of pictures that are refused, at the threshold in the manifest, which was chosen on validation\n"
-        "images. Training saw other pictures of the kinds down to noise, and of two digits over each other, and none of\n"
+        "images. Training saw other pictures of the kinds down to noise, and two digits over each other, and none of\n"
         "the rest.\n",
         _table("refused", names, _by_kind([_without_digit(model) for model in models])),
         "## Damaged digits\n",
