@@ -8,13 +8,13 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from digits.snapshot import InvalidCheckpoint, Snapshot, take_snapshot
 from server import admin, authentication, model_admin, open_inference_servicer, servicer
-from server.credentials import server_credentials
+from server.credentials import server_credentials, tls_context
 from server.errors import CannotServe, not_installed
 from server.intake import Intake
 from server.limits import connection_options
@@ -87,10 +87,8 @@ class DigitServer:
         if exchange is not None:
             names.append(model_admin.SERVICE_NAME)
         self._reflection = admin.ReflectionServicer(names)
-        self._server = grpc.aio.server(
-            interceptors=[*interceptors, *authentication.interceptors(settings, self._observer)],
-            options=server_options(settings, shares_port=shares_port),
-        )
+        interceptors = [*interceptors, *authentication.interceptors(settings, self._observer)]
+        self._server, self._credentials = _transport(settings, interceptors, shares_port=shares_port)
         intake = Intake(self._service)
         servicer.add_to_server(servicer.DigitClassifierServicer(self._service, intake), self._server)
         open_inference_servicer.add_to_server(
@@ -99,7 +97,6 @@ class DigitServer:
         admin.add_to_server(self._health, self._reflection, self._server)
         if exchange is not None:
             model_admin.add_to_server(model_admin.ModelAdminServicer(exchange), self._server)
-        self._credentials = server_credentials(settings)
         self._shares_port = shares_port
         self.port = settings.port
         if not shares_port:
@@ -234,6 +231,31 @@ class DigitServer:
     def _tell_health(self) -> None:
         self._health.set_serving(self.is_serving())
         self._observer.health_changed(self.is_serving())
+
+
+def _transport(
+    settings: Settings, interceptors: Sequence[grpc.aio.ServerInterceptor], *, shares_port: bool
+) -> tuple[grpc.aio.Server, Any]:
+    """What speaks gRPC, and the credentials that its ports are opened with; None without TLS.
+
+    Raises:
+        CannotServe: the certificates cannot be used, or the transport is not installed.
+    """
+    if settings.transport == "grpcio":
+        options = server_options(settings, shares_port=shares_port)
+        return grpc.aio.server(interceptors=interceptors, options=options), server_credentials(settings)
+    try:
+        from server.http2.server import Http2Server
+    except ModuleNotFoundError as error:
+        raise CannotServe(f"{error.name} is not installed; pip install 'mnist-grpc[server,fast]' brings it") from error
+    server: Any = Http2Server(
+        interceptors=interceptors,
+        max_message_bytes=_TRANSPORT_MARGIN * settings.max_message_bytes,
+        max_connection_age=settings.max_connection_age,
+        max_connection_age_grace=settings.max_connection_age_grace,
+        shares_port=shares_port,
+    )
+    return server, tls_context(settings)
 
 
 def server_options(settings: Settings, *, shares_port: bool = False) -> list[tuple[str, int]]:

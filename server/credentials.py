@@ -47,6 +47,42 @@ def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:
     )
 
 
+def tls_context(settings: Settings) -> ssl.SSLContext | None:
+    """The same for a transport that uses Python's own TLS.
+
+    Raises:
+        CannotServe: as `server_credentials`.
+    """
+    if not settings.tls_cert:
+        return None
+    files = WatchedFiles(tls_files(settings), lambda contents: _context(settings, contents))
+
+    def renew(connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        """Called by OpenSSL in each handshake."""
+        files.look()
+        connection.context = files.value
+
+    context = _new_context(settings)
+    context.sni_callback = renew  # type: ignore[assignment]
+    return context
+
+
+def _context(settings: Settings, contents: Contents) -> ssl.SSLContext:
+    _configuration(settings, contents)  # checks all there is to check
+    return _new_context(settings)
+
+
+def _new_context(settings: Settings) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(settings.tls_cert, settings.tls_key)
+    if settings.tls_client_ca:
+        context.load_verify_locations(settings.tls_client_ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    return context
+
+
 def tls_files(settings: Settings) -> dict[str, str]:
     """The paths of the settings' PEM files, and what each is."""
     files = {settings.tls_cert: "certificate chain", settings.tls_key: "private key"}

@@ -18,6 +18,7 @@ from server.version import server_version
 
 MAX_SECONDS = 1e9  # longer ones overflow in gRPC, and mean never
 ENVIRONMENT_PREFIX = "MNIST_GRPC_"
+TRANSPORTS = ("grpcio", "asgi")
 MODELS = {
     model: str(resources.files("server").joinpath("weights", file))
     for model, file in (("improvednn", "mnist_model.pth"), ("cnn", "mnist_cnn.pth"))
@@ -40,6 +41,10 @@ class Settings:
 
     host: str = _setting("127.0.0.1", "address to listen on")
     port: int = _setting(50051, "port to listen on; 0 picks a free one and prints it")
+    transport: str = _setting(
+        "grpcio",
+        "what speaks gRPC: grpcio, or asgi, which is several times as fast and needs the extra [fast]",
+    )
     model: str = _setting(
         "improvednn", "embedded weights to serve: improvednn, or cnn, which errs less and takes far longer"
     )
@@ -101,6 +106,7 @@ class Settings:
         self._require("max_message_bytes", "from 1024 to 1073741824", 1024 <= self.max_message_bytes <= 1 << 30)
         self._require("host", "an address or a name", bool(self.host))
         self._require("weights", "the path of a file", bool(PurePath(self.weights).name))
+        self._require("transport", " or ".join(TRANSPORTS), self.transport in TRANSPORTS)
         self._require("model", " or ".join(MODELS), self.model.lower() in MODELS)
         object.__setattr__(self, "model", self.model.lower())
         if self.weights == EMBEDDED_WEIGHTS:

@@ -25,6 +25,20 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--transport", choices=["grpcio", "asgi"], default="grpcio", help="what the servers of the tests speak gRPC with"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (transport := config.getoption("--transport")) != "grpcio":
+        from server.settings import Settings
+
+        os.environ["MNIST_GRPC_TRANSPORT"] = transport  # of servers that are processes
+        Settings.__init__.__kwdefaults__["transport"] = transport
+
+
 @pytest.fixture(scope="session")
 def golden() -> tuple[npt.NDArray[np.uint8], list[int]]:
     """Twenty digits written by people: canonical pixels, `uint8[20, 784]`, and what they show."""
@@ -129,7 +143,8 @@ def server_process() -> Iterator[Callable[..., tuple[str, subprocess.Popen[str]]
     processes: list[subprocess.Popen[str]] = []
 
     def start(*flags: str, wait: bool = True, **environment: str) -> tuple[str, subprocess.Popen[str]]:
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("MNIST_GRPC_")}
+        ours = {name for name in os.environ if name.startswith("MNIST_GRPC_")} - {"MNIST_GRPC_TRANSPORT"}
+        inherited = {name: value for name, value in os.environ.items() if name not in ours}
         process = subprocess.Popen(
             [sys.executable, "-m", "server", *(() if "--port" in flags else ("--port", "0")), *flags],
             env=inherited | {"MNIST_GRPC_WORKERS": "1"} | {"PYTHONPATH": str(ROOT)} | environment,

@@ -1,0 +1,372 @@
+"""One call: what a handler of grpc.aio sees of it, over a stream of `server.http2.connection`.
+
+`Call` has the methods of `grpc.aio.ServicerContext` that handlers here use, with
+the same meaning, so that every service and interceptor runs on either transport
+as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeAlias
+
+import grpc
+import zttp
+
+from server.http2 import wire
+from server.http2.wire import Deframer, Header, Metadata, WireError
+
+if TYPE_CHECKING:
+    from server.http2.server import Http2Server
+
+logger = logging.getLogger(__name__)
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+HEAD: list[Header] = [
+    (b"content-type", b"application/grpc"),
+    (b"grpc-accept-encoding", wire.ACCEPTED_ENCODINGS),
+]
+"""The headers before a first message."""
+
+OK_TRAILERS = wire.trailers_of(wire.OK)
+
+WRITE_AHEAD = 65536
+"""Bytes of answers that wait for the client's window before `write` waits too."""
+
+READ_AHEAD = 65536
+"""Bytes of whole messages that no handler has taken yet, before the client gets no more window for the stream."""
+
+COMPRESS_FROM = 1024
+"""Shorter answers are sent as they are, whatever the request was."""
+
+CANCEL, NO_ERROR = 8, 0  # of HTTP/2
+
+
+class Link(Protocol):
+    """What a call needs of its connection."""
+
+    server: Http2Server
+    peer: str
+
+    def flush_soon(self) -> None:
+        """Send what is queued in this turn of the event loop, in one go."""
+
+    def call_ended(self, call: Call) -> None:
+        """The handler has returned."""
+
+    def finish(self, call: Call) -> None:
+        """The answer is whole: let the client send no more, once it has all."""
+
+    def hold(self, call: Call) -> None:
+        """Give the client no more window for the stream."""
+
+    def release(self, call: Call) -> None:
+        """Give it what was held back."""
+
+    def room_for(self, call: Call) -> asyncio.Future[None] | None:
+        """What to wait for before more is written; None if nothing."""
+
+
+class Details(grpc.HandlerCallDetails):  # type: ignore[misc]
+    """What interceptors and generic handlers are told of a call."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self.method = call.path
+
+    @property
+    def invocation_metadata(self) -> Metadata:
+        return self._call.invocation_metadata()
+
+
+class Call:
+    """A call of a method, from its headers to its status."""
+
+    __slots__ = (
+        "_broken",
+        "_code",
+        "_deadline",
+        "_deframer",
+        "_details",
+        "_handler",
+        "_has_head",
+        "_link",
+        "_loop",
+        "_messages",
+        "_metadata",
+        "_reader",
+        "_timer",
+        "_trailing",
+        "_unread",
+        "encoding",
+        "half_closed",
+        "headers",
+        "held",
+        "over",
+        "path",
+        "stream",
+        "stream_id",
+        "task",
+    )
+
+    def __init__(
+        self,
+        link: Link,
+        request: zttp.Request,
+        stream: zttp.Stream,
+        timeout: float | None,
+        encoding: bytes,
+    ) -> None:
+        """Begin a call whose headers have come.
+
+        Args:
+            timeout: of its deadline, in seconds.
+            encoding: its `grpc-encoding`.
+
+        Raises:
+            WireError: an unknown encoding.
+        """
+        self._link = link
+        self.stream = stream
+        self.stream_id = request.stream_id
+        self.path = request.path.decode("ascii", "replace")
+        self.headers = request.headers
+        self.encoding = encoding
+        self.half_closed = request.end_stream
+        """The client sends no more messages."""
+        self.over = False
+        """The status has been sent, or nobody is there who could get it."""
+        self.held = False
+        """The client gets no more window for the stream."""
+        self._deframer = Deframer(link.server.max_message_bytes, encoding)
+        self._messages: deque[bytes] = deque()
+        self._unread = 0  # bytes of whole messages
+        self._broken: WireError | None = None  # what stands where the next message should
+        self._reader: asyncio.Future[None] | None = None
+        self._metadata: Metadata | None = None
+        self._handler: Handler | None = None
+        self._has_head = False
+        self._code = wire.OK
+        self._details = ""
+        self._trailing: Metadata = ()
+        self._loop = loop = link.server.loop
+        self._timer: asyncio.TimerHandle | None = None
+        self._deadline: float | None = None
+        if timeout is not None:
+            self._deadline = loop.time() + timeout
+            self._timer = loop.call_at(self._deadline, self._expire)
+        self.task = loop.create_task(self._run())
+
+    # What comes from the connection ---------------------------------------------
+
+    def feed(self, data: bytes) -> None:
+        """Bytes of the client's messages."""
+        if self.over or self._broken is not None:
+            return
+        try:
+            messages = self._deframer.feed(data)
+        except WireError as error:
+            self._break(error)
+            return
+        if messages:
+            self._messages += messages
+            self._unread += sum(map(len, messages))
+            if self._unread > READ_AHEAD and not self.held:
+                self.held = True
+                self._link.hold(self)
+            self._wake()
+
+    def feed_end(self) -> None:
+        """The client sends no more."""
+        self.half_closed = True
+        try:
+            self._deframer.end()
+        except WireError as error:
+            self._break(error)
+        self._wake()
+
+    def abandon(self) -> None:
+        """Nobody waits for the answer any more."""
+        self.over = True
+        self.task.cancel()
+
+    def cut_off(self, code: int, message: str) -> None:
+        """End the call from outside, whatever its handler does."""
+        if not self.over:
+            self._code, self._details = code, message
+            self._end()
+            self.task.cancel()
+
+    def _expire(self) -> None:
+        self.cut_off(wire.DEADLINE_EXCEEDED, "Deadline Exceeded")
+
+    def _break(self, error: WireError) -> None:
+        self._broken = error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    # What handlers and interceptors use ------------------------------------------
+
+    def invocation_metadata(self) -> Metadata:
+        """Of the caller."""
+        if self._metadata is None:
+            self._metadata = wire.metadata_of(self.headers)
+        return self._metadata
+
+    def time_remaining(self) -> float | None:
+        """Seconds up to the deadline, 0 when it has passed; None without one."""
+        return None if self._deadline is None else max(0.0, self._deadline - self._loop.time())
+
+    def peer(self) -> str:
+        """Whose call it is, as gRPC writes it: `ipv4:127.0.0.1:50324`."""
+        return self._link.peer
+
+    def code(self) -> int:
+        """The number of the status that the handler ended the call with."""
+        return self._code
+
+    def details(self) -> str:
+        """The status's message."""
+        return self._details
+
+    def trailing_metadata(self) -> Metadata:
+        """What goes with the status."""
+        return self._trailing
+
+    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> NoReturn:
+        """End the call with a status; always raises."""
+        self._code, self._details, self._trailing = code.value[0], details, trailing_metadata
+        raise grpc.aio.AbortError
+
+    async def read(self) -> Any:
+        """The next message, or `grpc.aio.EOF`."""
+        content = await self._take()
+        if content is None:
+            return grpc.aio.EOF
+        assert self._handler is not None
+        return self._handler.request_deserializer(content) if self._handler.request_deserializer else content
+
+    async def write(self, response: Any) -> None:
+        """Send a message; waits while the client has too much that it did not read."""
+        if self.over:
+            raise asyncio.CancelledError
+        self._send_head()
+        self.stream.send_data(self._framed(response))
+        self._link.flush_soon()
+        while (room := self._link.room_for(self)) is not None:
+            await room
+
+    # The handler's task -----------------------------------------------------------
+
+    async def _run(self) -> None:
+        try:
+            await self._answer()
+        except grpc.aio.AbortError:
+            pass
+        except WireError as error:
+            self._code, self._details = error.code, str(error)
+        except asyncio.CancelledError:
+            if not self.over:  # cancelled by its own handler, which should not be
+                self._code, self._details = wire.CANCELLED, "the call was cancelled"
+        except BaseException as error:
+            logger.exception("the handler of %s has a fault", self.path)
+            self._code, self._details = wire.UNKNOWN, "the server has a fault"
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            if not self.over:
+                self._end()
+            self._link.call_ended(self)
+
+    async def _answer(self) -> None:
+        handler = await self._link.server.find_handler(Details(self))
+        if handler is None:
+            raise WireError(wire.UNIMPLEMENTED, "Method not found!")
+        self._handler = handler
+        if not handler.request_streaming and not handler.response_streaming:
+            self._end_with(await handler.unary_unary(await self._only_message(handler), self))
+            return
+        if handler.request_streaming:
+            behavior: Any = handler.stream_stream if handler.response_streaming else handler.stream_unary
+            result = behavior(self._requests(), self)
+        else:
+            result = handler.unary_stream(await self._only_message(handler), self)
+        if not handler.response_streaming:
+            self._end_with(await result)
+        elif hasattr(result, "__aiter__"):
+            async for response in result:
+                await self.write(response)
+        else:
+            await result
+
+    async def _take(self) -> bytes | None:
+        """The next message's bytes; None when no more come."""
+        while not self._messages:
+            if self._broken is not None:
+                raise self._broken
+            if self.half_closed:
+                return None
+            self._reader = self._loop.create_future()
+            await self._reader
+        content = self._messages.popleft()
+        self._unread -= len(content)
+        if self.held and self._unread <= READ_AHEAD // 2:
+            self.held = False
+            self._link.release(self)
+        return content
+
+    async def _only_message(self, handler: Handler) -> Any:
+        content = await self._take()
+        if content is None or self._messages:
+            number = 0 if content is None else 1 + len(self._messages)
+            raise WireError(wire.UNIMPLEMENTED, f"{self.path} takes exactly one message, {number} came")
+        return handler.request_deserializer(content) if handler.request_deserializer else content
+
+    async def _requests(self) -> AsyncIterator[Any]:
+        while (request := await self.read()) is not grpc.aio.EOF:
+            yield request
+
+    # Sending -----------------------------------------------------------------------
+
+    def _framed(self, response: Any) -> bytes:
+        assert self._handler is not None
+        content = self._handler.response_serializer(response) if self._handler.response_serializer else response
+        return wire.framed(content, self.encoding if len(content) >= COMPRESS_FROM else b"identity")
+
+    def _send_head(self) -> None:
+        if not self._has_head:
+            self._has_head = True
+            head = HEAD if self.encoding == b"identity" else [*HEAD, (b"grpc-encoding", self.encoding)]
+            self.stream.send_response(200, head)
+
+    def _end_with(self, response: Any) -> None:
+        """The only answer, and the end."""
+        if self.over:
+            return
+        framed = self._framed(response)
+        self._send_head()
+        self.stream.send_data(framed)
+        self._end()
+
+    def _end(self) -> None:
+        """Send the status."""
+        self.over = True
+        self._messages.clear()
+        trailers = OK_TRAILERS
+        if self._code or self._trailing:
+            trailers = wire.trailers_of(self._code, self._details, self._trailing)
+        if self._has_head:
+            self.stream.end_message(trailers)
+        else:
+            self.stream.send_response(200, [HEAD[0], *trailers], True)
+        self._link.finish(self)
+        self._link.flush_soon()

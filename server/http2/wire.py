@@ -1,0 +1,218 @@
+"""gRPC's wire format, without any I/O: bytes in, messages out; a status in, headers out.
+
+What goes over an HTTP/2 stream: https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md.
+Knows neither connections nor services.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+import struct
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+Header: TypeAlias = tuple[bytes, bytes]
+Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
+
+OK, CANCELLED, UNKNOWN, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL, UNAVAILABLE = (
+    0,
+    1,
+    2,
+    4,
+    8,
+    12,
+    13,
+    14,
+)
+
+PREFIX_BYTES = 5
+"""Before each message: whether it is compressed, and its length."""
+
+ACCEPTED_ENCODINGS = b"identity, deflate, gzip"
+
+_PREFIX = struct.Struct(">BI")
+_TIMEOUT = re.compile(rb"([0-9]{1,8})([HMSmun])")
+_SECONDS = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
+_WINDOW_BITS = {b"gzip": 31, b"deflate": 15}
+_PLAIN_TEXT = re.compile(r"[ -$&-~]*")
+_OURS = {b"te", b"host", b"content-type", b"grpc-timeout", b"grpc-encoding", b"grpc-accept-encoding"}
+"""Headers of the protocol itself, which are no metadata."""
+
+
+class WireError(Exception):
+    """What came breaks the protocol or a limit: `code` is the number of the status that says so."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Deframer:
+    """Joins bytes that were cut anywhere to messages of at most `limit` bytes."""
+
+    __slots__ = ("_buffer", "_encoding", "_limit")
+
+    def __init__(self, limit: int, encoding: bytes = b"identity") -> None:
+        """Take the call's `grpc-encoding`.
+
+        Raises:
+            WireError: UNIMPLEMENTED, it is an unknown one.
+        """
+        if encoding != b"identity" and encoding not in _WINDOW_BITS:
+            shown = encoding.decode("ascii", "replace")
+            raise WireError(UNIMPLEMENTED, f"grpc-encoding is one of identity, deflate, gzip, not {shown}")
+        self._limit = limit
+        self._encoding = encoding
+        self._buffer = bytearray()
+
+    @property
+    def buffered(self) -> int:
+        """Bytes of the message that is not whole yet."""
+        return len(self._buffer)
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the messages that are whole with these bytes.
+
+        Raises:
+            WireError: RESOURCE_EXHAUSTED for a message over the limit, as soon as
+                its length is known; INTERNAL for what is no message.
+        """
+        buffer = self._buffer
+        if not buffer and len(data) >= PREFIX_BYTES:  # one whole message, as nearly always
+            compressed, length = _PREFIX.unpack_from(data)
+            if len(data) == PREFIX_BYTES + length and length <= self._limit:
+                return [self._opened(compressed, data[PREFIX_BYTES:])]
+        buffer += data
+        messages = []
+        start, end = 0, len(buffer)
+        while end - start >= PREFIX_BYTES:
+            compressed, length = _PREFIX.unpack_from(buffer, start)
+            if length > self._limit:
+                raise self._too_large(length)
+            stop = start + PREFIX_BYTES + length
+            if stop > end:
+                break
+            messages.append(self._opened(compressed, bytes(buffer[start + PREFIX_BYTES : stop])))
+            start = stop
+        del buffer[:start]
+        return messages
+
+    def end(self) -> None:
+        """Nothing more comes.
+
+        Raises:
+            WireError: INTERNAL, a message is not whole.
+        """
+        if self._buffer:
+            raise WireError(INTERNAL, f"the stream ended within a message, after {len(self._buffer)} bytes of it")
+
+    def _opened(self, compressed: int, content: bytes) -> bytes:
+        if not compressed:
+            return content
+        if compressed != 1:
+            raise WireError(INTERNAL, f"a message begins with 0 or 1 (compressed), not {compressed}")
+        if self._encoding == b"identity":
+            raise WireError(INTERNAL, "a message is marked as compressed, and the call has no grpc-encoding")
+        return self._inflated(content)
+
+    def _inflated(self, content: bytes) -> bytes:
+        """Never more than the limit, whatever the content says."""
+        inflater = zlib.decompressobj(_WINDOW_BITS[self._encoding])
+        try:
+            inflated = inflater.decompress(content, self._limit + 1)
+        except zlib.error as error:
+            raise WireError(INTERNAL, f"a message is no {self._encoding.decode()}: {error}") from error
+        if len(inflated) > self._limit:
+            raise self._too_large(len(inflated), "or more")
+        if not inflater.eof:
+            raise WireError(INTERNAL, f"a message is no whole {self._encoding.decode()} stream")
+        return inflated
+
+    def _too_large(self, length: int, more: str = "") -> WireError:
+        # With these words the SDK knows that it is not worth a retry; they are gRPC's.
+        more = f" {more}" if more else ""
+        return WireError(
+            RESOURCE_EXHAUSTED, f"CLIENT: Received message larger than max ({length}{more} vs. {self._limit})"
+        )
+
+
+def framed(message: bytes, encoding: bytes = b"identity") -> bytes:
+    """The bytes that carry a message; compressed, unless `encoding` is identity."""
+    if encoding == b"identity":
+        return _PREFIX.pack(0, len(message)) + message
+    deflater = zlib.compressobj(wbits=_WINDOW_BITS[encoding])
+    content = deflater.compress(message) + deflater.flush()
+    return _PREFIX.pack(1, len(content)) + content
+
+
+def seconds_of(timeout: bytes) -> float:
+    """The value of a `grpc-timeout`, in seconds.
+
+    Raises:
+        WireError: INTERNAL, it is none.
+    """
+    if (match := _TIMEOUT.fullmatch(timeout)) is None:
+        shown = timeout[:32].decode("ascii", "replace")
+        raise WireError(INTERNAL, f"grpc-timeout is 1 to 8 digits and one of the letters HMSmun, not {shown}")
+    return int(match[1]) * _SECONDS[match[2]]
+
+
+def metadata_of(headers: Iterable[Header]) -> tuple[tuple[str, str | bytes], ...]:
+    """What callers gave beside the protocol's own headers, in order.
+
+    Values of keys that end in `-bin` are bytes, and so are those that are no UTF-8.
+
+    Raises:
+        WireError: INTERNAL, a value of such a key is no base64.
+    """
+    metadata: list[tuple[str, str | bytes]] = []
+    for name, value in headers:
+        if name in _OURS:
+            continue
+        key = name.decode("ascii", "replace")
+        if name.endswith(b"-bin"):
+            metadata += [(key, _decoded(key, part.strip())) for part in value.split(b",")]
+            continue
+        try:
+            metadata.append((key, value.decode()))
+        except UnicodeDecodeError:
+            metadata.append((key, value))
+    return tuple(metadata)
+
+
+def _decoded(key: str, value: bytes) -> bytes:
+    try:
+        return base64.b64decode(value + b"=" * (-len(value) % 4), validate=True)
+    except binascii.Error as error:
+        raise WireError(INTERNAL, f"the metadata {key} is no base64") from error
+
+
+def trailers_of(code: int, message: str = "", metadata: Metadata = ()) -> list[Header]:
+    """The headers that end a call."""
+    headers = [(b"grpc-status", str(code).encode())]
+    if message:
+        headers.append((b"grpc-message", percent_encoded(message)))
+    for key, value in metadata:
+        name = key.encode("ascii")
+        if name.endswith(b"-bin"):
+            assert isinstance(value, bytes)
+            headers.append((name, base64.b64encode(value).rstrip(b"=")))
+        else:
+            headers.append((name, value.encode("ascii") if isinstance(value, str) else value))
+    return headers
+
+
+def percent_encoded(message: str) -> bytes:
+    """A `grpc-message`: all but printable ASCII, and `%` itself, as `%` and two hexadecimal digits a byte."""
+    if _PLAIN_TEXT.fullmatch(message):
+        return message.encode()
+    encoded = bytearray()
+    for byte in message.encode("utf-8", "replace"):
+        if 0x20 <= byte <= 0x7E and byte != 0x25:
+            encoded.append(byte)
+        else:
+            encoded += b"%%%02X" % byte
+    return bytes(encoded)
