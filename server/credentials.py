@@ -56,29 +56,36 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     if not settings.tls_cert:
         return None
     files = WatchedFiles(tls_files(settings), lambda contents: _context(settings, contents))
+    first = files.value
 
     def renew(connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
         """Called by OpenSSL in each handshake."""
         files.look()
-        connection.context = files.value
+        if files.value is not first:
+            connection.context = files.value
 
-    context = _new_context(settings)
-    context.sni_callback = renew  # type: ignore[assignment]
-    return context
+    first.sni_callback = renew  # type: ignore[assignment]
+    return first
 
 
 def _context(settings: Settings, contents: Contents) -> ssl.SSLContext:
+    """A context of the files with these contents.
+
+    Raises:
+        CannotServe: the contents cannot be used, or the files have others by now.
+    """
     _configuration(settings, contents)  # checks all there is to check
-    return _new_context(settings)
-
-
-def _new_context(settings: Settings) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(settings.tls_cert, settings.tls_key)
-    if settings.tls_client_ca:
-        context.load_verify_locations(settings.tls_client_ca)
-        context.verify_mode = ssl.CERT_REQUIRED
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key)
+        if settings.tls_client_ca:
+            context.load_verify_locations(settings.tls_client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except OSError as error:  # ssl.SSLError is one: what was checked a moment ago is not there any more
+        raise CannotServe(f"{settings.tls_cert} or {settings.tls_key} changed while they were read") from error
+    if read_files(tls_files(settings)) != contents:
+        raise CannotServe(f"{settings.tls_cert} or {settings.tls_key} changed while they were read")
     context.set_alpn_protocols(["h2", "http/1.1"])
     return context
 

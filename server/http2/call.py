@@ -14,9 +14,11 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeAlias
 
 import grpc
-import zttp
 
 from server.http2 import wire
+from server.http2.engine import Engine, Stream
+from server.http2.head import Head
+from server.http2.hpack import encode
 from server.http2.wire import Deframer, Header, Metadata, WireError
 
 if TYPE_CHECKING:
@@ -26,46 +28,38 @@ logger = logging.getLogger(__name__)
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
-HEAD: list[Header] = [
+_HEAD: list[Header] = [
+    (b":status", b"200"),
     (b"content-type", b"application/grpc"),
     (b"grpc-accept-encoding", wire.ACCEPTED_ENCODINGS),
 ]
-"""The headers before a first message."""
+HEAD_BLOCK = encode(_HEAD)
+"""What goes before a first message."""
 
-OK_TRAILERS = wire.trailers_of(wire.OK)
+OK_BLOCK = encode(wire.trailers_of(wire.OK))
 
 WRITE_AHEAD = 65536
 """Bytes of answers that wait for the client's window before `write` waits too."""
 
-READ_AHEAD = 65536
-"""Bytes of whole messages that no handler has taken yet, before the client gets no more window for the stream."""
-
 COMPRESS_FROM = 1024
 """Shorter answers are sent as they are, whatever the request was."""
-
-CANCEL, NO_ERROR = 8, 0  # of HTTP/2
 
 
 class Link(Protocol):
     """What a call needs of its connection."""
 
     server: Http2Server
+    engine: Engine
     peer: str
 
     def flush_soon(self) -> None:
         """Send what is queued in this turn of the event loop, in one go."""
 
+    def call_answered(self) -> None:
+        """The call has its status."""
+
     def call_ended(self, call: Call) -> None:
         """The handler has returned."""
-
-    def finish(self, call: Call) -> None:
-        """The answer is whole: let the client send no more, once it has all."""
-
-    def hold(self, call: Call) -> None:
-        """Give the client no more window for the stream."""
-
-    def release(self, call: Call) -> None:
-        """Give it what was held back."""
 
     def room_for(self, call: Call) -> asyncio.Future[None] | None:
         """What to wait for before more is written; None if nothing."""
@@ -97,57 +91,37 @@ class Call:
         "_link",
         "_loop",
         "_messages",
-        "_metadata",
         "_reader",
         "_timer",
         "_trailing",
-        "_unread",
         "encoding",
         "half_closed",
-        "headers",
-        "held",
+        "head",
         "over",
         "path",
         "stream",
-        "stream_id",
         "task",
     )
 
-    def __init__(
-        self,
-        link: Link,
-        request: zttp.Request,
-        stream: zttp.Stream,
-        timeout: float | None,
-        encoding: bytes,
-    ) -> None:
+    def __init__(self, link: Link, stream: Stream, head: Head) -> None:
         """Begin a call whose headers have come.
-
-        Args:
-            timeout: of its deadline, in seconds.
-            encoding: its `grpc-encoding`.
 
         Raises:
             WireError: an unknown encoding.
         """
         self._link = link
         self.stream = stream
-        self.stream_id = request.stream_id
-        self.path = request.path.decode("ascii", "replace")
-        self.headers = request.headers
-        self.encoding = encoding
-        self.half_closed = request.end_stream
+        self.head = head
+        self.path = head.path.decode("ascii", "replace")
+        self.encoding = head.encoding
+        self.half_closed = stream.closed_there
         """The client sends no more messages."""
         self.over = False
         """The status has been sent, or nobody is there who could get it."""
-        self.held = False
-        """The client gets no more window for the stream."""
-        self._deframer = Deframer(link.server.max_message_bytes, encoding)
+        self._deframer = Deframer(link.server.max_message_bytes, head.encoding)
         self._messages: deque[bytes] = deque()
-        self._unread = 0  # bytes of whole messages
         self._broken: WireError | None = None  # what stands where the next message should
         self._reader: asyncio.Future[None] | None = None
-        self._metadata: Metadata | None = None
         self._handler: Handler | None = None
         self._has_head = False
         self._code = wire.OK
@@ -156,8 +130,8 @@ class Call:
         self._loop = loop = link.server.loop
         self._timer: asyncio.TimerHandle | None = None
         self._deadline: float | None = None
-        if timeout is not None:
-            self._deadline = loop.time() + timeout
+        if head.timeout is not None:
+            self._deadline = loop.time() + head.timeout
             self._timer = loop.call_at(self._deadline, self._expire)
         self.task = loop.create_task(self._run())
 
@@ -167,17 +141,18 @@ class Call:
         """Bytes of the client's messages."""
         if self.over or self._broken is not None:
             return
+        before = self._deframer.buffered
         try:
             messages = self._deframer.feed(data)
         except WireError as error:
             self._break(error)
             return
+        # A message has to come whole before a handler can take it: what is there of it makes room at once, and
+        # its length is bounded. Whole ones make room as they are taken.
+        if grown := self._deframer.buffered - (0 if messages else before):
+            self._link.engine.consume(self.stream, grown)
         if messages:
             self._messages += messages
-            self._unread += sum(map(len, messages))
-            if self._unread > READ_AHEAD and not self.held:
-                self.held = True
-                self._link.hold(self)
             self._wake()
 
     def feed_end(self) -> None:
@@ -216,9 +191,7 @@ class Call:
 
     def invocation_metadata(self) -> Metadata:
         """Of the caller."""
-        if self._metadata is None:
-            self._metadata = wire.metadata_of(self.headers)
-        return self._metadata
+        return self.head.metadata()
 
     def time_remaining(self) -> float | None:
         """Seconds up to the deadline, 0 when it has passed; None without one."""
@@ -257,8 +230,9 @@ class Call:
         """Send a message; waits while the client has too much that it did not read."""
         if self.over:
             raise asyncio.CancelledError
+        framed = self._framed(response)
         self._send_head()
-        self.stream.send_data(self._framed(response))
+        self._link.engine.send_data(self.stream, framed)
         self._link.flush_soon()
         while (room := self._link.room_for(self)) is not None:
             await room
@@ -318,10 +292,8 @@ class Call:
             self._reader = self._loop.create_future()
             await self._reader
         content = self._messages.popleft()
-        self._unread -= len(content)
-        if self.held and self._unread <= READ_AHEAD // 2:
-            self.held = False
-            self._link.release(self)
+        self._link.engine.consume(self.stream, len(content) + wire.PREFIX_BYTES)
+        self._link.flush_soon()
         return content
 
     async def _only_message(self, handler: Handler) -> Any:
@@ -345,8 +317,10 @@ class Call:
     def _send_head(self) -> None:
         if not self._has_head:
             self._has_head = True
-            head = HEAD if self.encoding == b"identity" else [*HEAD, (b"grpc-encoding", self.encoding)]
-            self.stream.send_response(200, head)
+            block = HEAD_BLOCK
+            if self.encoding != b"identity":
+                block = encode([*_HEAD, (b"grpc-encoding", self.encoding)])
+            self._link.engine.send_headers(self.stream, block)
 
     def _end_with(self, response: Any) -> None:
         """The only answer, and the end."""
@@ -354,19 +328,18 @@ class Call:
             return
         framed = self._framed(response)
         self._send_head()
-        self.stream.send_data(framed)
+        self._link.engine.send_data(self.stream, framed)
         self._end()
 
     def _end(self) -> None:
         """Send the status."""
         self.over = True
         self._messages.clear()
-        trailers = OK_TRAILERS
-        if self._code or self._trailing:
+        if self._code or self._trailing or not self._has_head:
             trailers = wire.trailers_of(self._code, self._details, self._trailing)
-        if self._has_head:
-            self.stream.end_message(trailers)
+            block = encode(trailers if self._has_head else [*_HEAD, *trailers])
         else:
-            self.stream.send_response(200, [HEAD[0], *trailers], True)
-        self._link.finish(self)
+            block = OK_BLOCK
+        self._link.engine.send_headers(self.stream, block, ends=True)
+        self._link.call_answered()
         self._link.flush_soon()

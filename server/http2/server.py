@@ -126,7 +126,7 @@ class Http2Server:
                 await self._wait_until_gone()
         for connection in list(self.connections):
             connection.cancel_calls()
-        tasks = [call.task for connection in self.connections for call in connection.calls.values()]
+        tasks = [call.task for connection in self.connections for call in connection.calls]
         if tasks:
             await asyncio.wait(tasks)
         for connection in list(self.connections):

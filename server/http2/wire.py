@@ -38,7 +38,18 @@ _TIMEOUT = re.compile(rb"([0-9]{1,8})([HMSmun])")
 _SECONDS = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 _WINDOW_BITS = {b"gzip": 31, b"deflate": 15}
 _PLAIN_TEXT = re.compile(r"[ -$&-~]*")
-_OURS = {b"te", b"host", b"content-type", b"grpc-timeout", b"grpc-encoding", b"grpc-accept-encoding"}
+_OURS = {
+    b":method",
+    b":path",
+    b":scheme",
+    b":authority",
+    b"te",
+    b"host",
+    b"content-type",
+    b"grpc-timeout",
+    b"grpc-encoding",
+    b"grpc-accept-encoding",
+}
 """Headers of the protocol itself, which are no metadata."""
 
 

@@ -1,0 +1,88 @@
+"""The headers of a request, read once for all calls that send the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from server.http2 import wire
+from server.http2.wire import Header, Metadata, WireError
+
+OVERHEAD = 32
+"""Bytes of a header beside its name and value, in what clients are told of limits (RFC 9113, 6.5.2)."""
+
+_PSEUDO = {b":method", b":path", b":scheme", b":authority"}
+_FORBIDDEN = {b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"}
+
+
+class Head:
+    """What stands in a block of headers."""
+
+    __slots__ = (
+        "_metadata",
+        "content_type",
+        "encoding",
+        "headers",
+        "is_request",
+        "method",
+        "path",
+        "size",
+        "timeout",
+        "wrong",
+    )
+
+    def __init__(self, headers: Sequence[Header]) -> None:
+        self.headers = headers
+        self.method = self.path = self.content_type = b""
+        self.encoding = b"identity"
+        """`grpc-encoding`."""
+        self.timeout: float | None = None
+        """`grpc-timeout`, in seconds."""
+        self.wrong: WireError | None = None
+        """What is wrong with them for gRPC."""
+        self.size = 0
+        self._metadata: Metadata | None = None
+        self.is_request = self._read()
+        """Whether they are those of a request of HTTP/2 (RFC 9113, 8.2 and 8.3)."""
+
+    def _read(self) -> bool:
+        pseudo = set()
+        for position, (name, value) in enumerate(self.headers):
+            self.size += len(name) + len(value) + OVERHEAD
+            if name[:1] == b":":
+                if position != len(pseudo) or name not in _PSEUDO or name in pseudo:  # they are first, and once each
+                    return False
+                pseudo.add(name)
+                if name == b":path":
+                    self.path = value
+                elif name == b":method":
+                    self.method = value
+                continue
+            if not name or name != name.lower() or name in _FORBIDDEN:
+                return False
+            if b"\n" in value or b"\r" in value or b"\0" in value:
+                return False
+            if name == b"content-type":
+                self.content_type = value
+            elif name == b"grpc-encoding":
+                self.encoding = value
+            elif name == b"grpc-timeout":
+                try:
+                    self.timeout = wire.seconds_of(value)
+                except WireError as error:
+                    self.wrong = error
+        return {b":method", b":path", b":scheme"} <= pseudo
+
+    @property
+    def is_grpc(self) -> bool:
+        """Whether it is a call."""
+        return self.method == b"POST" and self.content_type.startswith(b"application/grpc")
+
+    def metadata(self) -> Metadata:
+        """What the caller gave beside the protocol's own headers.
+
+        Raises:
+            WireError: INTERNAL, a value of a key that ends in `-bin` is no base64.
+        """
+        if self._metadata is None:
+            self._metadata = wire.metadata_of(self.headers)
+        return self._metadata

@@ -1,0 +1,191 @@
+"""Header blocks of HTTP/2 (RFC 7541): bytes in, headers out; for answers, bytes that need no state.
+
+A gRPC client's calls differ in a few headers, so that most of a block are
+references into tables, a byte each. A block that leaves the dynamic table as it
+was means the same again: what was made of it is looked up whole.
+
+Strings in Huffman's code are decoded by the package `hpack`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
+
+from hpack import HPACKDecodingError
+from hpack.huffman_table import decode_huffman
+from hpack.table import HeaderTable
+
+from server.http2.wire import Header
+
+MAX_TABLE_BYTES = 4096
+"""Of the dynamic table; the protocol's default, which is not changed."""
+
+MAX_LIST_BYTES = 64 * 1024
+"""Of all headers of a block, as RFC 9113 (6.5.2) counts them."""
+
+ENTRY_OVERHEAD = 32
+
+_STATIC: tuple[Header, ...] = tuple((bytes(name), bytes(value)) for name, value in HeaderTable.STATIC_TABLE)
+_CACHED_BLOCKS = 256
+
+Head = TypeVar("Head")
+
+
+class InvalidBlock(ValueError):
+    """A block that breaks the rules: the tables of both sides may differ from here on."""
+
+
+class TooLarge(InvalidBlock):
+    """More than `MAX_LIST_BYTES`."""
+
+
+class Decoder(Generic[Head]):
+    """The decoder of one connection: what a block means depends on those before it."""
+
+    __slots__ = ("_cache", "_dynamic", "_limit", "_make", "_size")
+
+    def __init__(self, make: Callable[[list[Header]], Head]) -> None:
+        """`make` is given the headers of a block, in order; what it gives may serve for several equal blocks."""
+        self._make = make
+        self._dynamic: list[Header] = []  # the newest first
+        self._size = 0
+        self._limit = MAX_TABLE_BYTES
+        self._cache: dict[bytes, Head] = {}  # blocks that left the dynamic table as it is now
+
+    def decode(self, block: bytes) -> Head:
+        """Return what is made of the headers of a block.
+
+        Raises:
+            InvalidBlock: it breaks the rules, or is too large.
+        """
+        if (known := self._cache.get(block)) is not None:
+            return known
+        headers: list[Header] = []
+        position, end, size = 0, len(block), 0
+        is_pure = True
+        try:
+            while position < end:
+                first = block[position]
+                if first & 0x80:  # a header of the tables
+                    index = first & 0x7F
+                    position += 1
+                    if index == 0x7F:
+                        index, position = _number(block, position, index)
+                    header = self._entry(index)
+                elif first & 0x40:  # a literal that becomes the newest of the dynamic table
+                    header, position = self._literal(block, position, 0x3F)
+                    self._add(header)
+                    is_pure = False
+                elif first & 0x20:  # a new size of the dynamic table
+                    if headers:
+                        raise InvalidBlock("the size of the table changes within a block")
+                    limit, position = _prefixed(block, position, 0x1F)
+                    if limit > MAX_TABLE_BYTES:
+                        raise InvalidBlock(f"a table of {limit} bytes; {MAX_TABLE_BYTES} is the most")
+                    self._limit = limit
+                    self._evict(0)
+                    is_pure = False
+                    continue
+                else:  # a literal that is not kept
+                    header, position = self._literal(block, position, 0x0F)
+                headers.append(header)
+                size += len(header[0]) + len(header[1]) + ENTRY_OVERHEAD
+                if size > MAX_LIST_BYTES:
+                    raise TooLarge(f"more than {MAX_LIST_BYTES} bytes of headers")
+        except IndexError:
+            raise InvalidBlock("the block ends within a header") from None
+        head = self._make(headers)
+        if not is_pure:
+            self._cache.clear()
+        elif len(self._cache) < _CACHED_BLOCKS:
+            self._cache[block] = head
+        return head
+
+    def _entry(self, index: int) -> Header:
+        if 0 < index <= len(_STATIC):
+            return _STATIC[index - 1]
+        place = index - len(_STATIC) - 1
+        if not 0 <= place < len(self._dynamic):
+            raise InvalidBlock(f"no header {index} is in the tables")
+        return self._dynamic[place]
+
+    def _literal(self, block: bytes, position: int, mask: int) -> tuple[Header, int]:
+        index, position = _prefixed(block, position, mask)
+        if index:
+            name = self._entry(index)[0]
+        else:
+            name, position = _string(block, position)
+        value, position = _string(block, position)
+        return (name, value), position
+
+    def _add(self, header: Header) -> None:
+        size = len(header[0]) + len(header[1]) + ENTRY_OVERHEAD
+        self._evict(size)
+        if size <= self._limit:  # else the table is empty now, which is no error
+            self._dynamic.insert(0, header)
+            self._size += size
+
+    def _evict(self, room: int) -> None:
+        """Drop the oldest entries until there is so much room."""
+        while self._dynamic and self._size + room > self._limit:
+            name, value = self._dynamic.pop()
+            self._size -= len(name) + len(value) + ENTRY_OVERHEAD
+
+
+def encode(headers: Iterable[Header]) -> bytes:
+    """A block of literals that are not kept, in plain bytes: it means the same wherever it is sent."""
+    block = bytearray()
+    for name, value in headers:
+        block.append(0)
+        for text in (name, value):
+            _append_number(block, len(text), 0x7F)
+            block += text
+    return bytes(block)
+
+
+def _append_number(block: bytearray, number: int, mask: int) -> None:
+    if number < mask:
+        block.append(number)
+        return
+    block.append(mask)
+    number -= mask
+    while number >= 0x80:
+        block.append(number & 0x7F | 0x80)
+        number >>= 7
+    block.append(number)
+
+
+def _prefixed(block: bytes, position: int, mask: int) -> tuple[int, int]:
+    """A number whose first bits are in the byte at a position, and the position behind it."""
+    number = block[position] & mask
+    return (number, position + 1) if number < mask else _number(block, position + 1, number)
+
+
+def _number(block: bytes, position: int, number: int) -> tuple[int, int]:
+    for shift in (0, 7, 14, 21):
+        byte = block[position]
+        position += 1
+        number += (byte & 0x7F) << shift
+        if byte < 0x80:
+            return number, position
+    raise InvalidBlock("a number of more than four bytes")
+
+
+def _string(block: bytes, position: int) -> tuple[bytes, int]:
+    length, start = _prefixed(block, position, 0x7F)
+    stop = start + length
+    if stop > len(block):
+        raise InvalidBlock("the block ends within a string")
+    text = block[start:stop]
+    return (_plain(text) if block[position] & 0x80 else text), stop
+
+
+@functools.lru_cache(maxsize=1024)
+def _plain(text: bytes) -> bytes:
+    """What a text in Huffman's code says."""
+    try:
+        return bytes(decode_huffman(text))
+    except HPACKDecodingError as error:
+        raise InvalidBlock("a string is not in Huffman's code") from error
