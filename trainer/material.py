@@ -84,9 +84,9 @@ class Material:
         """Batches of an epoch, in which each image is taken once."""
         smallest = sum(part // ranks.size for part in (len(images) // self.steps, drawn, outliers))
         if settings.normalise and smallest < 2:
-            each = "" if ranks.size == 1 else f" for each of {ranks.size} processes"
+            whose = "" if ranks.size == 1 else f" for each of {ranks.size} processes"
             raise DataError(
-                f"--normalise needs 2 or more images a step{each}, and {len(images)} give one of {smallest}"
+                f"--normalise needs 2 or more images a step{whose}, and {len(images)} give one of {smallest}"
             )
         if smallest < 1:
             raise DataError(f"a step of {len(images) // self.steps} images is too small for {ranks.size} processes")

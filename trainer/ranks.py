@@ -19,12 +19,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.settings import InvalidSetting
 
 T = TypeVar("T")
+
+FAILED, TOLD = "trainer/failed", "trainer/told"
+"""Keys in the processes' common store: how many failed, and whether the first of these has told."""
 
 TELLING_SECONDS = 30
 """So long the others wait, before they end, for the process that failed to tell why."""
@@ -72,9 +76,8 @@ class Ranks:
         return f"cuda:{self.local}"
 
     def together(self, network: nn.Module) -> nn.Module:
-        """The network, such that its gradients become the means over all processes."""
-        # Statistics of normalisations are not sent with each step, as nothing in training reads them: see `average`.
-        return network if self.size == 1 else DistributedDataParallel(network, broadcast_buffers=False)
+        """The network, such that its gradients become the means over all processes, and its buffers the first's."""
+        return network if self.size == 1 else DistributedDataParallel(network)
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -100,14 +103,9 @@ class Ranks:
         """The mean of a number over all processes, the same in all."""
         if self.size == 1:
             return value
-        return float(self.average(torch.tensor(value, dtype=torch.float64)))
-
-    def average(self, values: Tensor) -> Tensor:
-        """Overwrite values, floating-point numbers, by their mean over all processes."""
-        if self.size > 1:
-            dist.all_reduce(values)
-            values /= self.size
-        return values
+        total = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(total)
+        return float(total) / self.size
 
     def all_of(self, value: T) -> list[T]:
         """What each process has, by their numbers; tensors have to be on the CPU."""
@@ -133,9 +131,8 @@ def joined() -> Iterator[Ranks]:
         yield Ranks()
         return
     store, number, size = next(rendezvous("env://"))
-    group = dist.PrefixStore("group", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=group, rank=number, world_size=size)
+    dist.init_process_group(backend, store=store, rank=number, world_size=size)
     ranks = Ranks(number, size, int(os.environ["LOCAL_RANK"]))
     try:
         yield ranks
@@ -143,19 +140,19 @@ def joined() -> Iterator[Ranks]:
         # No barrier, which the others may never come to, and no farewell, by which they could end before this one
         # has told what went wrong: torchrun ends all as soon as one has ended.
         if _failed_first(store):
-            atexit.register(store.set, "told", "")
+            atexit.register(store.set, TOLD, "")
             raise
         raise SystemExit(1) from None
     ranks.wait()  # without it, a process that is late was seen to abort when the first was gone
     dist.destroy_process_group()
 
 
-def _failed_first(store: dist.Store) -> bool:
+def _failed_first(store: Store) -> bool:
     """Whether no other process had failed before; else return once that one has told, or did not for long."""
     try:
-        if store.add("failed", 1) == 1:
+        if store.add(FAILED, 1) == 1:
             return True
-        store.wait(["told"], timedelta(seconds=TELLING_SECONDS))
+        store.wait([TOLD], timedelta(seconds=TELLING_SECONDS))
     except dist.DistNetworkError:  # whoever kept the store is gone, and knows no more who was first
         return True
     except dist.DistStoreError:  # the time is over

@@ -282,13 +282,11 @@ class TrainingLoop:
         own = read(network, self._ranks.share(self._validation.pixels), device=self._settings.device)
         return evaluation_of(torch.cat(self._ranks.all_of(own)), self._validation.labels)
 
-    @torch.no_grad()
     def _agree_on_statistics(self) -> None:
-        """Each process normalised its own share; what is kept of that is the mean of all."""
+        """Each process normalises its own share of a batch; the statistics that are kept are those of the first."""
         for network in (self._network, self._averaged):
             for statistic in network.buffers():
-                if statistic.is_floating_point():
-                    self._ranks.average(statistic)
+                self._ranks.agreed(statistic)
 
     def _step(self, batch: Batch, rate: float) -> float:
         """Move the weights once; return the loss before, of this process's share by its weight."""

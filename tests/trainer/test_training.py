@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import trainer.training
 from digits.preprocessing import MEAN, STD
-from trainer.data import Data, DataError, LabelledPixels, split
+from trainer.data import Data, DataError, split
 from trainer.evaluation import Evaluation, evaluate
 from trainer.settings import TrainingSettings
 from trainer.training import SPLIT_SEED, Epoch, TrainingDiverged, learning_rate_at, train
