@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from digits.checkpoint import load_checkpoint
 from trainer.cli import main
-from trainer.data import DataError
-from trainer.datasets import load_scans
+from trainer.data import Data, DataError
 from trainer.material import Material
 from trainer.ranks import Ranks
 from trainer.settings import InvalidSetting, TrainingSettings
@@ -39,20 +40,19 @@ EXACT = TrainingSettings(
 )
 """Nothing in it is drawn by each process for itself. The numbers of images are odd, so that shares differ."""
 
-FLAGS = ["--dataset", "sklearn", "--validation-size", "1100", "--epochs", "3", "--lessons", "2", "--batch-size", "128"]
+FLAGS = ["--dataset", "folder:pictures", "--validation-size", "31", "--epochs", "2", "--lessons", "2"]
 
 TOGETHER = """
 import dataclasses, sys
 import torch
 from tests.trainer.test_ranks import EXACT
-from trainer.datasets import load_scans
 from trainer.ranks import joined
 from trainer.training import train
 
 torch.set_num_threads(1)
 folder = sys.argv[1]
 with joined() as ranks:
-    data = load_scans(None, None)
+    data = torch.load(f"{folder}/data.pt", weights_only=False)
     training = train(EXACT, data, ranks=ranks)
 
     states = []  # of a training in which all there is is drawn
@@ -95,18 +95,25 @@ def start(*arguments: str | Path, folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def torchrun(*arguments: str | Path, folder: Path) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of two processes."""
-    process = start(*arguments, folder=folder)
-    out, err = process.communicate(timeout=110)
+def finished(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr."""
+    try:
+        out, err = process.communicate(timeout=150)
+    finally:
+        process.terminate()  # if it hangs; torchrun then ends its processes
     return process.returncode, out, err
 
 
-def test_two_processes_make_the_weights_that_one_makes_and_go_on_to_the_same(tmp_path: Path) -> None:
+def torchrun(*arguments: str | Path, folder: Path) -> tuple[int, str, str]:
+    return finished(start(*arguments, folder=folder))
+
+
+def test_two_processes_make_the_weights_that_one_makes_and_go_on_to_the_same(digits_data: Data, tmp_path: Path) -> None:
     (tmp_path / "together.py").write_text(TOGETHER)
+    torch.save(digits_data, tmp_path / "data.pt")
     status, _, err = torchrun("together.py", tmp_path, folder=tmp_path)
     assert status == 0, err
-    alone = train(EXACT, load_scans(tmp_path, False))
+    alone = train(EXACT, digits_data)
     losses = [(epoch.train_loss, epoch.validation_loss) for epoch in alone.epochs]
     made = [torch.load(tmp_path / f"{number}.pt", weights_only=True) for number in range(2)]
     for process in made:
@@ -118,49 +125,59 @@ def test_two_processes_make_the_weights_that_one_makes_and_go_on_to_the_same(tmp
             assert all(torch.equal(process[name][key], made[0]["whole"][key]) for key in made[0]["whole"])
 
 
-def test_the_command_goes_on_after_ctrl_c_and_one_process_tells(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    status, out, err = torchrun("-m", "trainer", "--out", "whole", *FLAGS, folder=tmp_path)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a pupil whose teacher is trained first, both by two processes, of pictures in a folder."""
+    folder = tmp_path_factory.mktemp("together")
+    for number in range(200):
+        path = folder / "pictures" / str(number % 10) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture = Image.new("L", (28, 28))
+        picture.paste(200 + number // 4, (8, 4, 11 + number % 10, 24))
+        picture.save(path)
+    status, out, err = torchrun("-m", "trainer", "--out", "run", *FLAGS, folder=folder)
     assert status == 0, err
-    assert out.count(" 1/3 ") == out.count(" 3/3 ") == out.count("test accuracy") == 2, "the teacher's and the pupil's"
-    teacher, pupil = (load_checkpoint(tmp_path / "whole" / at / "mnist_model.pth") for at in ("teacher", "."))
+    assert out.count(" 1/2 ") == out.count(" 2/2 ") == out.count("test accuracy") == 2, "the teacher's and the pupil's"
+    return folder / "run"
+
+
+def test_the_command_trains_teacher_and_pupil_in_two_processes_of_which_one_tells(whole: Path) -> None:
+    teacher, pupil = (load_checkpoint(whole / at / "mnist_model.pth") for at in ("teacher", "."))
+    assert (teacher.manifest.architecture, pupil.manifest.architecture) == ("CNN", "ImprovedNN")
     assert pupil.manifest.training["settings"]["teacher"] == [f"CNN {teacher.version}"]
     assert pupil.manifest.training["processes"] == 2
-    assert json.loads((tmp_path / "whole" / "run.json").read_text())["processes"] == 2
+    assert json.loads((whole / "run.json").read_text())["processes"] == 2
 
-    process = start("-m", "trainer", "--out", "run", *FLAGS, folder=tmp_path)
+
+@pytest.mark.timeout(300)
+def test_two_processes_go_on_after_ctrl_c_and_no_other_number_does(
+    whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = start("-m", "trainer", "--out", "stopped", *FLAGS, folder=whole.parent)
     assert process.stdout is not None
-    while " 1/3 " not in process.stdout.readline():
-        pass
+    for line in process.stdout:
+        if " 1/2 " in line:
+            break
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, _, err = finished(process)
     assert err.count("interrupted; what was learnt up to the last whole epoch is kept") == 1, err
-    assert "-m trainer --resume run --data-dir data" in err
+    assert "-m trainer --resume stopped --data-dir data" in err
 
-    # The number of processes is part of what decides the weights.
-    arguments = ["--resume", str(tmp_path / "run"), "--data-dir", str(tmp_path)]
-    assert main(arguments) == 1
-    assert "is a run of 2 processes that train together; it goes on with as many, not with 1" in capsys.readouterr().err
+    monkeypatch.chdir(whole.parent)
+    assert main(["--resume", "stopped"]) == 1
+    message = "is a run of 2 processes that train together; it goes on with as many, not with 1"
+    assert message in capsys.readouterr().err
 
-    status, out, err = torchrun("-m", "trainer", *arguments, folder=tmp_path)
+    status, _, err = torchrun("-m", "trainer", "--resume", "stopped", folder=whole.parent)
     assert status == 0, err
-    assert load_checkpoint(tmp_path / "run" / "teacher" / "mnist_model.pth").sha256 == teacher.sha256
-    assert load_checkpoint(tmp_path / "run" / "mnist_model.pth").sha256 == pupil.sha256
+    for name in ("teacher/mnist_model.pth", "mnist_model.pth"):
+        assert (whole.parent / "stopped" / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_an_error_of_the_first_ends_all_and_is_told_once(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "settings.toml").touch()
-    status, _, err = torchrun("-m", "trainer", "--out", "run", *FLAGS, folder=tmp_path)
+    status, _, err = torchrun("-m", "trainer", "--resume", "nowhere", folder=tmp_path)
     assert status == 1
-    assert err.count("error: run holds a run already") == 1, err
-
-
-def test_an_error_that_all_make_is_told_once(tmp_path: Path) -> None:
-    status, _, err = torchrun("-m", "trainer", *FLAGS, "--teacher", "none", "--batch-size", "3", folder=tmp_path)
-    assert status == 1
-    assert err.count("--normalise needs 2 or more images a step for each of 2 processes, and 337") == 1, err
+    assert err.count("error: --resume takes the folder of a run") == 1, err
 
 
 def test_an_error_in_one_process_ends_the_other_which_waits_for_it(tmp_path: Path) -> None:
@@ -179,10 +196,12 @@ def test_every_row_belongs_to_one_process(size: int, rows: int) -> None:
     assert [len(share) for share in shares] == [rank.count(rows) for rank in ranks]
 
 
-def test_too_few_images_for_so_many_processes_are_refused() -> None:
-    images = load_scans(Path(), False).train
+def test_too_few_images_for_so_many_processes_are_refused(digits_data: Data) -> None:
+    settings = TrainingSettings(batch_size=6)
     with pytest.raises(DataError, match="a step of 6 images is too small for 7 processes"):
-        Material(TrainingSettings(batch_size=6, normalise=False), images, False, Ranks(0, 7))
+        Material(dataclasses.replace(settings, normalise=False), digits_data.train, False, Ranks(0, 7))
+    with pytest.raises(DataError, match="2 or more images a step for each of 4 processes, and 1500 give one of 1"):
+        Material(settings, digits_data.train, False, Ranks(3, 4))
 
 
 @pytest.mark.parametrize("device", ["cuda:1", "mps"])
