@@ -170,9 +170,11 @@ class TrainingLoop:
             if isinstance(module, nn.Dropout):
                 module.p = settings.dropout
         self._scaling = scaling_for(network, self._images.pixels) if settings.standardise else (MEAN, STD)
-        # Convolutions are twice as fast with the channels of a pixel beside each other.
+        # Convolutions are twice as fast with the channels of a pixel beside each other. The order is part of the
+        # bytes of a weights file, so the network that takes up the best epoch of a run that goes on has it as well.
+        network.to(memory_format=torch.channels_last)
         self._network = normalised(network) if settings.normalise else network
-        self._network.to(settings.device).to(memory_format=torch.channels_last)
+        self._network.to(settings.device)
         self._optimizer = torch.optim.SGD(
             self._network.parameters(),
             lr=settings.learning_rate,
