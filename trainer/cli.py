@@ -4,12 +4,14 @@
 them, `python -m trainer card` tells all there is to tell of them, and `python -m
 trainer promote` puts them in the place of others. Exit status 0: done; 1: the
 data, the weights or the training failed, or the weights are no better; 2: a flag
-is wrong; 130: interrupted.
+is wrong; 130: interrupted. Of processes that train together the first that fails has
+this status, the others 1; torchrun gives 1 for all.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shlex
 import sys
@@ -50,9 +52,10 @@ from trainer.flags import (
 )
 from trainer.measurement import digit_scores, measure, read_pictures
 from trainer.promotion import NotPromoted, promote
+from trainer.ranks import Ranks, joined
 from trainer.run import Run, RunError, environment, json_bytes, make_folder
 from trainer.settings import RECIPES, InvalidSetting, TrainingSettings
-from trainer.training import Epoch, Training, TrainingDiverged, train
+from trainer.training import Epoch, State, Training, TrainingDiverged, train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,9 +93,29 @@ class Interrupted(Exception):
 
 
 def _run_training(options: argparse.Namespace) -> None:
+    with joined() as ranks:
+        # The first alone reads and writes, so that no other machine needs the files or the same folders.
+        begun, settings = ranks.from_first(lambda: _settings(options))
+        _prepare(options.threads, ranks.use(settings.device))
+        ranks.wait()  # until all know that they can
+        run, data, teachers = ranks.from_first(lambda: _begin(begun, settings, options, ranks))
+        if settings.teacher == "cnn":
+            teachers = [_teacher(run, data, options, ranks)]
+        training = _train(run, run.folder, data, teachers, options, ranks)
+        if ranks.is_first:
+            _write_results(run, data, training, teachers, ranks)
+
+
+def _settings(options: argparse.Namespace) -> tuple[Run | None, TrainingSettings]:
+    """The run that goes on, if one does, and the settings."""
     begun = None if options.resume is None else _begun_run(options)
-    settings = settings_of(options) if begun is None else begun.settings
-    _prepare(options.threads, settings.device)
+    return begun, settings_of(options) if begun is None else begun.settings
+
+
+def _begin(
+    begun: Run | None, settings: TrainingSettings, options: argparse.Namespace, ranks: Ranks
+) -> tuple[Run, Data, list[Checkpoint]]:
+    """The run, the data, and the teachers that are there already."""
     data = _load(settings.dataset, options)
     if settings.teacher in ("none", "cnn"):
         teachers = []
@@ -100,19 +123,18 @@ def _run_training(options: argparse.Namespace) -> None:
         teachers = [load_checkpoint(path) for path in settings.teacher.split(",")]
     if begun is None:
         out = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-        run = Run.begin(out, settings, data)  # now, and not after minutes of training
-    else:
-        run = begun
-        run.check_data(data)
-    if settings.teacher == "cnn":
-        teachers = [_teacher(run, data, options)]
-    _write_results(run, data, _train(run, run.folder, data, teachers, options), teachers)
+        return Run.begin(out, settings, data, ranks.size), data, teachers  # now, and not after minutes of training
+    begun.check_data(data)
+    return begun, data, teachers
 
 
-def _teacher(run: Run, data: Data, options: argparse.Namespace) -> Checkpoint:
+def _teacher(run: Run, data: Data, options: argparse.Namespace, ranks: Ranks) -> Checkpoint:
     """The network that is trained before the run's own, as a run in a folder within the run's."""
     folder = run.folder / "teacher"
-    if not (folder / WEIGHTS).exists():
+
+    def begin() -> Run | None:
+        if (folder / WEIGHTS).exists():
+            return None
         print("\nThe teacher, by --recipe cnn:", flush=True)
         own = RECIPES["cnn"]
         settings = TrainingSettings(
@@ -120,37 +142,52 @@ def _teacher(run: Run, data: Data, options: argparse.Namespace) -> Checkpoint:
             | {name: getattr(run.settings, name) for name in ("dataset", "validation_size", "seed", "device")}
             | {"epochs": min(own["epochs"], run.settings.epochs)}
         )
-        own_run = Run.go_on(folder) if folder.exists() else Run.begin(folder, settings, data)
+        own_run = Run.go_on(folder) if folder.exists() else Run.begin(folder, settings, data, ranks.size)
         own_run.check_data(data)
-        _write_results(own_run, data, _train(own_run, run.folder, data, [], options), [])
-    return load_checkpoint(folder / WEIGHTS)
+        return own_run
+
+    if own_run := ranks.from_first(begin):
+        training = _train(own_run, run.folder, data, [], options, ranks)
+        if ranks.is_first:
+            _write_results(own_run, data, training, [], ranks)
+    return ranks.from_first(lambda: load_checkpoint(folder / WEIGHTS))
 
 
-def _train(run: Run, whole: Path, data: Data, teachers: list[Checkpoint], options: argparse.Namespace) -> Training:
+def _train(
+    run: Run, whole: Path, data: Data, teachers: list[Checkpoint], options: argparse.Namespace, ranks: Ranks
+) -> Training:
     """Train, or go on, with a line for each epoch; `whole` is the run that an interrupted one is a part of."""
-    settings, state = run.settings, run.state()
+    state = ranks.from_first(lambda: run.state(ranks.size))
+    settings = dataclasses.replace(run.settings, device=ranks.use(run.settings.device))
 
     def progress(steps: Iterable[int], epoch: int) -> Iterable[int]:
         # None: silent where stderr is no terminal.
         what = f"epoch {epoch}/{settings.epochs}" if epoch else "the teacher's answers"
-        return tqdm(steps, desc=what, unit=" steps", leave=False, disable=None)
+        return tqdm(steps, desc=what, unit=" steps", leave=False, disable=None if ranks.is_first else True)
 
     def on_epoch(epoch: Epoch) -> None:
-        print(report.log_line(epoch, settings.epochs), flush=True)
+        if ranks.is_first:
+            print(report.log_line(epoch, settings.epochs), flush=True)
 
-    print(f"\n{report.LOG_HEADER}" if teachers else report.LOG_HEADER, flush=True)
+    def on_state(state: State) -> None:
+        if ranks.is_first:
+            run.save_state(state)
+
+    if ranks.is_first:
+        print(f"\n{report.LOG_HEADER}" if teachers else report.LOG_HEADER, flush=True)
     for epoch in state["epochs"] if state else []:
         on_epoch(Epoch(**epoch))
     try:
-        return train(settings, data, on_epoch, progress, teachers=teachers, state=state, on_state=run.save_state)
+        return train(settings, data, on_epoch, progress, teachers=teachers, state=state, on_state=on_state, ranks=ranks)
     except KeyboardInterrupt:
+        command = "python" if ranks.size == 1 else "torchrun … as before …"
         raise Interrupted(
             f"interrupted; what was learnt up to the last whole epoch is kept. Go on:\n"
-            f"python -m trainer --resume {shlex.quote(str(whole))} --data-dir {shlex.quote(str(options.data_dir))}"
+            f"{command} -m trainer --resume {shlex.quote(str(whole))} --data-dir {shlex.quote(str(options.data_dir))}"
         ) from None
 
 
-def _write_results(run: Run, data: Data, training: Training, teachers: list[Checkpoint]) -> None:
+def _write_results(run: Run, data: Data, training: Training, teachers: list[Checkpoint], ranks: Ranks) -> None:
     """Measure on the test images, and write the weights and all there is to tell."""
     settings = run.settings
     validation = training.validation
@@ -165,7 +202,7 @@ def _write_results(run: Run, data: Data, training: Training, teachers: list[Chec
         labels=data.labels,
         dataset=data.name,
         test_accuracy=test.accuracy,
-        training=_provenance(settings, training, test, teachers),
+        training=_provenance(settings, training, test, teachers, ranks),
     )
     weights = run.folder / WEIGHTS
     sha256 = save_checkpoint(weights, training.network, manifest)
@@ -204,7 +241,7 @@ def _begun_run(options: argparse.Namespace) -> Run:
 
 
 def _provenance(
-    settings: TrainingSettings, training: Training, test: Evaluation, teachers: list[Checkpoint]
+    settings: TrainingSettings, training: Training, test: Evaluation, teachers: list[Checkpoint], ranks: Ranks
 ) -> dict[str, Any]:
     """How the weights were made, for the manifest; without paths, which are the machine's own."""
     chosen = asdict(settings)
@@ -218,7 +255,7 @@ def _provenance(
         "validation_accuracy": training.best.validation_accuracy,
         "test_correct": test.correct,
         "seconds": round(training.seconds, 1),
-        **environment(),
+        **environment(ranks.size),
     }
 
 

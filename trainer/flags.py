@@ -30,7 +30,9 @@ def training_parser() -> argparse.ArgumentParser:
         "report.html, which holds all. With the defaults that takes about ten minutes.",
         epilog=f"{LAYOUT} On the CPU, the same seed gives the same weights, bit for bit, on the same machine with as "
         "many threads, also where the training was stopped and went on by --resume. Flags beat --config, which beats "
-        "--recipe. Other commands: python -m trainer evaluate --help, python -m trainer promote --help.",
+        "--recipe. Several processes, on one machine or more, train together by torchrun --nproc-per-node=N -m trainer "
+        "[flags]; --batch-size is that of all. Other commands: python -m trainer evaluate --help, python -m trainer "
+        "promote --help.",
     )
     _add_common(parser, "where to write the weights and all about them (default: runs/DATE-TIME)")
     parser.add_argument(

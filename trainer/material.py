@@ -5,6 +5,9 @@ some pictures without a digit; all of them deformed, and some damaged. Without a
 teacher each batch is made when it is asked for. A teacher is too slow for that:
 its answers to some epochs of batches are collected first, and the batches are
 then taken from these.
+
+Where several processes train together, each makes its share of every batch: the
+order of the images is the first one's, all else each draws for itself.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from trainer.damage import damage
 from trainer.data import DataError, LabelledPixels
 from trainer.handwriting import draw
 from trainer.outliers import draw_outliers
+from trainer.ranks import ALONE, Ranks
 from trainer.settings import TrainingSettings
 
 NO_DIGIT = -1
@@ -43,43 +47,59 @@ class Batch:
     answers: Tensor | None = None
     """The teacher's logits, `float32[n, 10]`."""
 
+    weight: float = 1.0
+    """Of its mean loss in the mean over all processes, whose shares of a batch may differ by some images."""
+
 
 class Material:
     """Batches, each of them new. Draws from torch's global CPU generator."""
 
-    def __init__(self, settings: TrainingSettings, images: LabelledPixels, are_digits: bool) -> None:
+    def __init__(
+        self, settings: TrainingSettings, images: LabelledPixels, are_digits: bool, ranks: Ranks = ALONE
+    ) -> None:
         """Make what stands beside the images.
 
         Args:
             are_digits: whether drawn digits, and outliers, which look like no digit, belong beside the images.
+            ranks: which share of each batch to make; the images and settings are those of all.
 
         Raises:
-            DataError: a batch would be too small to be normalised.
+            DataError: a batch would be too small to be normalised, or to be shared.
         """
         self._settings = settings
         self._images = images
+        self._ranks = ranks
         drawn = round(settings.batch_size * settings.drawn) if are_digits else 0
         outliers = round(settings.batch_size * settings.outliers) if are_digits else 0
         self._others: list[tuple[int, LabelledPixels]] = []  # how many of a batch, and what they are taken from
-        count = math.ceil(DRAWINGS_PER_IMAGE * len(images))
+        self._others_in_all = drawn + outliers
+        count = ranks.count(math.ceil(DRAWINGS_PER_IMAGE * len(images)))
         if drawn:
-            self._others.append((drawn, LabelledPixels(*draw(count))))
+            self._others.append((ranks.count(drawn), LabelledPixels(*draw(count))))
         if outliers:
             pixels = draw_outliers(count // 2 + 1, images)
-            self._others.append((outliers, LabelledPixels(pixels, torch.full((len(pixels),), NO_DIGIT))))
+            self._others.append((ranks.count(outliers), LabelledPixels(pixels, torch.full((len(pixels),), NO_DIGIT))))
         self._from_images = max(1, settings.batch_size - drawn - outliers)
         self.steps = math.ceil(len(images) / self._from_images)
         """Batches of an epoch, in which each image is taken once."""
-        smallest = len(images) // self.steps + drawn + outliers
+        smallest = sum(part // ranks.size for part in (len(images) // self.steps, drawn, outliers))
         if settings.normalise and smallest < 2:
-            raise DataError(f"--normalise needs 2 or more images a step, and {len(images)} give one of {smallest}")
+            whose = "" if ranks.size == 1 else f" for each of {ranks.size} processes"
+            raise DataError(
+                f"--normalise needs 2 or more images a step{whose}, and {len(images)} give one of {smallest}"
+            )
+        if smallest < 1:
+            raise DataError(f"a step of {len(images) // self.steps} images is too small for {ranks.size} processes")
 
     def epoch(self) -> Iterable[Batch]:
         """The batches of one epoch."""
-        for rows in torch.tensor_split(torch.randperm(len(self._images)), self.steps):  # as even as can be
+        order = self._ranks.agreed(torch.randperm(len(self._images)))
+        for rows in torch.tensor_split(order, self.steps):  # as even as can be
             yield self._batch(rows)
 
     def _batch(self, rows: Tensor) -> Batch:
+        in_all = len(rows) + self._others_in_all
+        rows = self._ranks.share(rows)
         pixels, labels = [self._images.pixels[rows]], [self._images.labels[rows]]
         for count, others in self._others:
             taken = torch.randint(len(others), (count,))
@@ -91,7 +111,7 @@ class Material:
         if self._settings.damaged:
             harmed = torch.nonzero(torch.rand(len(made)) < self._settings.damaged)[:, 0]
             made[harmed] = damage(made[harmed])
-        return Batch(made, torch.cat(labels))
+        return Batch(made, torch.cat(labels), weight=len(made) * self._ranks.size / in_all)
 
 
 class Lessons:
@@ -103,12 +123,14 @@ class Lessons:
         teacher: Callable[[Tensor], Tensor],
         epochs: int,
         progress: Callable[[Iterable[int], int], Iterable[int]],
+        ranks: Ranks = ALONE,
     ) -> None:
         """Collect so many epochs' batches.
 
         Args:
             teacher: gives logits, `float32[n, 10]`, of pixels, `uint8[n, 784]`.
             progress: wraps the batches.
+            ranks: those of the material; together they collect as many as one would.
         """
         self.steps = material.steps
         collected: list[Batch] = []
@@ -117,6 +139,7 @@ class Lessons:
             # Half the precision is plenty for answers, and these are many.
             collected.append(Batch(batch.pixels, batch.labels, teacher(batch.pixels).half()))
         self._size = math.ceil(sum(len(batch.labels) for batch in collected) / len(collected))
+        self._weight = self._size * ranks.size / sum(ranks.all_of(self._size))
         self._pixels = torch.cat([batch.pixels for batch in collected])
         self._labels = torch.cat([batch.labels for batch in collected])
         self._answers = torch.cat([batch.answers for batch in collected if batch.answers is not None])
@@ -125,4 +148,4 @@ class Lessons:
         """As many batches as an epoch of the material has."""
         for _ in range(self.steps):
             rows = torch.randint(len(self._labels), (self._size,))
-            yield Batch(self._pixels[rows], self._labels[rows], self._answers[rows].float())
+            yield Batch(self._pixels[rows], self._labels[rows], self._answers[rows].float(), self._weight)

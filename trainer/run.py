@@ -25,7 +25,7 @@ import torch
 from digits.checkpoint import write_atomically
 from trainer.data import Data
 from trainer.settings import InvalidSetting, TrainingSettings, settings_from
-from trainer.training import Epoch, State
+from trainer.training import Epoch, State, processes_of
 
 SETTINGS = "settings.toml"
 RUN = "run.json"
@@ -50,8 +50,11 @@ class Run:
         self.settings = settings
 
     @classmethod
-    def begin(cls, folder: Path, settings: TrainingSettings, data: Data) -> Run:
+    def begin(cls, folder: Path, settings: TrainingSettings, data: Data, processes: int = 1) -> Run:
         """Make the folder.
+
+        Args:
+            processes: how many train together.
 
         Raises:
             InvalidSetting: it cannot be made or written to.
@@ -61,7 +64,7 @@ class Run:
             raise RunError(f"{folder} holds a run already; go on with it by --resume {folder}, or choose another --out")
         make_folder(folder)
         run = cls(folder, settings)
-        run.write(RUN, json_bytes({**environment(), "data": {"name": data.name, "sha256": fingerprint(data)}}))
+        run.write(RUN, json_bytes({**environment(processes), "data": {"name": data.name, "sha256": fingerprint(data)}}))
         run.write(SETTINGS, toml_of(asdict(settings)).encode())  # last: with it, the folder is a run
         return run
 
@@ -86,11 +89,14 @@ class Run:
                 f"not {data.name}, {found[:12]}…"
             )
 
-    def state(self) -> State | None:
+    def state(self, processes: int = 1) -> State | None:
         """What was saved after the last epoch; None before the first.
 
+        Args:
+            processes: how many are to go on together.
+
         Raises:
-            RunError: the file is damaged.
+            RunError: the file is damaged, or was written by another number of processes.
         """
         try:
             content = (self.folder / STATE).read_bytes()
@@ -100,6 +106,11 @@ class Run:
             state: State = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except Exception as error:  # of a damaged file, torch.load raises nearly anything
             raise RunError(f"{self.folder / STATE} is damaged ({type(error).__name__})") from error
+        if (before := processes_of(state)) != processes:
+            raise RunError(
+                f"{self.folder} is a run of {before} processes that train together; it goes on with as many, "
+                f"not with {processes} (torchrun --nproc-per-node)"
+            )
         return state
 
     def save_state(self, state: State) -> None:
@@ -139,12 +150,17 @@ def make_folder(folder: Path) -> None:
         raise InvalidSetting(f"--out is a folder that can be written to, not {folder}: {error.strerror}") from error
 
 
-def environment() -> dict[str, Any]:
-    """What the weights depend on beside settings and data; without paths, which are the machine's own."""
+def environment(processes: int = 1) -> dict[str, Any]:
+    """What the weights depend on beside settings and data; without paths, which are the machine's own.
+
+    Args:
+        processes: how many train together.
+    """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_commit": _git_commit(),
         "cpu_count": os.cpu_count(),
+        "processes": processes,
         "threads": torch.get_num_threads(),
         "versions": {
             "mnist-grpc": _installed("mnist-grpc"),

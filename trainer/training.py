@@ -20,9 +20,10 @@ from digits.checkpoint import Checkpoint
 from digits.network import ARCHITECTURES
 from digits.preprocessing import MEAN, STD
 from trainer.data import DIGITS, Data, LabelledPixels, split
-from trainer.evaluation import evaluate, to_features
+from trainer.evaluation import Evaluation, evaluation_of, read, to_features
 from trainer.material import Batch, Lessons, Material
 from trainer.normalisation import merged, normalised
+from trainer.ranks import ALONE, Ranks
 from trainer.scaling import fold, scaling_for
 from trainer.settings import TrainingSettings
 
@@ -31,6 +32,9 @@ SPLIT_SEED = 1
 
 OUTLIER_WEIGHT = 0.5
 """Of a picture without a digit, against one with a digit (Hendrycks et al., as in `trainer.outliers`)."""
+
+RANK_SEEDS = 1_000_003
+"""Between the seeds of processes that train together."""
 
 AVERAGING_BEGINS = 100
 """Steps after which the running mean keeps half of itself; so it does not hold on to the first weights."""
@@ -99,7 +103,8 @@ Progress: TypeAlias = Callable[[Iterable[int], int], Iterable[int]]
 
 State: TypeAlias = dict[str, Any]
 """Where a training stands after an epoch: tensors, numbers and texts, so that `torch.load(..., weights_only=True)`
-reads it. With the settings, the data and the same machine it decides all that follows."""
+reads it. With the settings, the data and the same machine it decides all that follows. The random state is that of
+the first of the processes that train together; those of the `others` stand in a list."""
 
 
 def train(
@@ -111,6 +116,7 @@ def train(
     teachers: Sequence[Checkpoint] = (),
     state: State | None = None,
     on_state: Callable[[State], None] = lambda state: None,
+    ranks: Ranks = ALONE,
 ) -> Training:
     """Train a new network on `data.train` and return the best of its epochs.
 
@@ -125,15 +131,17 @@ def train(
         state: what `on_state` was given last, to go on from there.
         on_state: is given the state after each epoch, before `on_epoch` is told;
             what it keeps has to be copied or written at once.
+        ranks: with whom to train: each of these processes makes the same call, and
+            gets the same weights.
 
     Raises:
-        DataError: fewer images than `validation_size` demands.
+        DataError: fewer images than `validation_size` demands, or too few to share.
         TrainingDiverged: the loss became NaN or infinite.
     """
     devices = [] if settings.device in ("cpu", "mps") else [torch.device(settings.device)]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(settings.seed)
-        loop = TrainingLoop(settings, data, teachers, progress)
+        loop = TrainingLoop(settings, data, teachers, progress, ranks)
         if state is not None:
             loop.go_on_from(state)
         while not loop.is_over:
@@ -147,18 +155,26 @@ class TrainingLoop:
     """A training between its epochs."""
 
     def __init__(
-        self, settings: TrainingSettings, data: Data, teachers: Sequence[Checkpoint], progress: Progress
+        self,
+        settings: TrainingSettings,
+        data: Data,
+        teachers: Sequence[Checkpoint],
+        progress: Progress,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._settings = settings
+        self._ranks = ranks
         self._images, self._validation = split(data.train, settings.validation_size, SPLIT_SEED)
         network = ARCHITECTURES[settings.architecture]()
         for module in network.modules():
             if isinstance(module, nn.Dropout):
                 module.p = settings.dropout
         self._scaling = scaling_for(network, self._images.pixels) if settings.standardise else (MEAN, STD)
-        # Convolutions are twice as fast with the channels of a pixel beside each other.
+        # Convolutions are twice as fast with the channels of a pixel beside each other. The order is part of the
+        # bytes of a weights file, so the network that takes up the best epoch of a run that goes on has it as well.
+        network.to(memory_format=torch.channels_last)
         self._network = normalised(network) if settings.normalise else network
-        self._network.to(settings.device).to(memory_format=torch.channels_last)
+        self._network.to(settings.device)
         self._optimizer = torch.optim.SGD(
             self._network.parameters(),
             lr=settings.learning_rate,
@@ -167,7 +183,10 @@ class TrainingLoop:
             nesterov=settings.momentum > 0,
         )
         self._averaged = copy.deepcopy(self._network)
-        material = Material(settings, self._images, data.labels == DIGITS)
+        self._shared = ranks.together(self._network)
+        if not ranks.is_first:  # all began with the same weights; from here on, each draws for itself
+            torch.manual_seed(self._seed)
+        material = Material(settings, self._images, data.labels == DIGITS, ranks)
         self.material: Material | Lessons = material
         """Where the batches come from; the teachers' lessons from the first epoch on."""
         self._steps = material.steps
@@ -175,6 +194,11 @@ class TrainingLoop:
         self._progress = progress
         self._epochs: list[Epoch] = []
         self._best_network: nn.Module = network
+
+    @property
+    def _seed(self) -> int:
+        """Of what this process draws for itself."""
+        return self._settings.seed + RANK_SEEDS * self._ranks.number
 
     @property
     def is_over(self) -> bool:
@@ -189,15 +213,18 @@ class TrainingLoop:
         return [epoch for epoch in self._epochs if epoch.best][-1]
 
     def state(self) -> State:
-        """What `go_on_from` takes."""
+        """What `go_on_from` takes; all processes have to ask for it, and all get the same."""
+        first, *others = self._ranks.all_of(
+            {"random": torch.get_rng_state(), "device_random": self._device_random_state()}
+        )
         return {
             "network": self._network.state_dict(),
             "averaged": self._averaged.state_dict(),
             "best": self._best_network.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "epochs": [asdict(epoch) for epoch in self._epochs],
-            "random": torch.get_rng_state(),
-            "device_random": self._device_random_state(),
+            **first,
+            "others": others,
         }
 
     def go_on_from(self, state: State) -> None:
@@ -206,9 +233,10 @@ class TrainingLoop:
         self._best_network.load_state_dict(state["best"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._epochs = [Epoch(**epoch) for epoch in state["epochs"]]
-        torch.set_rng_state(state["random"])
-        if state["device_random"] is not None:
-            torch.cuda.set_rng_state(state["device_random"], self._settings.device)
+        own = [state, *state.get("others", [])][self._ranks.number]  # written before there were several: no others
+        torch.set_rng_state(own["random"])
+        if own["device_random"] is not None:
+            torch.cuda.set_rng_state(own["device_random"], self._settings.device)
 
     def _device_random_state(self) -> Tensor | None:
         device = self._settings.device
@@ -225,14 +253,15 @@ class TrainingLoop:
         for step, batch in zip(self._progress(range(self._steps), number), self.material.epoch(), strict=True):
             taken = (number - 1) * self._steps + step
             rate = learning_rate_at(taken, self._steps, self._settings)
-            loss = self._step(batch, rate)
+            loss = self._ranks.mean(self._step(batch, rate))
             total_loss += _finite(loss, f"epoch {number}, step {step + 1} of {self._steps}", self._settings)
             _average(self._averaged, self._network, min(self._settings.averaging, taken / (taken + AVERAGING_BEGINS)))
 
+        self._agree_on_statistics()
         # Of the weights as they would be served. The loss decides: among a few thousand images the
         # accuracy of good weights turns on ten of them.
         served = fold(merged(self._averaged), *self._scaling)
-        result = evaluate(served, self._validation, device=self._settings.device)
+        result = self._validate(served)
         _finite(result.loss, f"the validation after epoch {number}", self._settings)
         is_best = not self._epochs or result.loss < self._best.validation_loss
         if is_best:
@@ -250,16 +279,27 @@ class TrainingLoop:
         )
         return self._epochs[-1]
 
+    def _validate(self, network: nn.Module) -> Evaluation:
+        """The same in all processes, each of which reads its share."""
+        own = read(network, self._ranks.share(self._validation.pixels), device=self._settings.device)
+        return evaluation_of(torch.cat(self._ranks.all_of(own)), self._validation.labels)
+
+    def _agree_on_statistics(self) -> None:
+        """Each process normalises its own share of a batch; the statistics that are kept are those of the first."""
+        for network in (self._network, self._averaged):
+            for statistic in network.buffers():
+                self._ranks.agreed(statistic)
+
     def _step(self, batch: Batch, rate: float) -> float:
-        """Move the weights once; return the loss before."""
+        """Move the weights once; return the loss before, of this process's share by its weight."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         device = self._settings.device
         features = to_features(batch.pixels, *self._scaling).to(device)
         answers = None if batch.answers is None else batch.answers.to(device)
         with self._arithmetic():
-            logits = self._network(features)
-        loss = loss_of(logits.float(), batch.labels.to(device), answers, self._settings)
+            logits = self._shared(features)
+        loss = loss_of(logits.float(), batch.labels.to(device), answers, self._settings) * batch.weight
         self._optimizer.zero_grad()
         torch.autograd.backward(loss)
         self._optimizer.step()
@@ -268,8 +308,9 @@ class TrainingLoop:
     def _lessons(self, material: Material) -> Lessons:
         """The teachers' answers; the same ones where a training goes on."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._settings.seed)
-            return Lessons(material, self._answers_of(self._teachers), self._settings.lessons, self._progress)
+            torch.manual_seed(self._seed)
+            answers = self._answers_of(self._teachers)
+            return Lessons(material, answers, self._settings.lessons, self._progress, self._ranks)
 
     def _answers_of(self, teachers: Sequence[Checkpoint]) -> Callable[[Tensor], Tensor]:
         """The logits of the teachers' mean probabilities."""
@@ -298,6 +339,11 @@ class TrainingLoop:
         seconds = sum(epoch.seconds for epoch in self._epochs)
         network = self._best_network.cpu().eval()
         return Training(network, self._epochs, len(self._images), self._validation, seconds)
+
+
+def processes_of(state: State) -> int:
+    """How many processes the training has."""
+    return 1 + len(state.get("others", []))
 
 
 def loss_of(logits: Tensor, labels: Tensor, answers: Tensor | None, settings: TrainingSettings) -> Tensor:
