@@ -64,7 +64,7 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
         if files.value is not first:
             connection.context = files.value
 
-    first.sni_callback = renew  # type: ignore[assignment]
+    first.sni_callback = renew
     return first
 
 

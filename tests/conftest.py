@@ -27,7 +27,10 @@ ROOT = Path(__file__).parents[1]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--transport", choices=["grpcio", "asgi"], default="grpcio", help="what the servers of the tests speak gRPC with"
+        "--transport",
+        choices=["grpcio", "asgi"],
+        default="grpcio",
+        help="what the servers of the tests speak gRPC with",
     )
 
 
@@ -36,7 +39,9 @@ def pytest_configure(config: pytest.Config) -> None:
         from server.settings import Settings
 
         os.environ["MNIST_GRPC_TRANSPORT"] = transport  # of servers that are processes
-        Settings.__init__.__kwdefaults__["transport"] = transport
+        defaults = Settings.__init__.__kwdefaults__
+        assert defaults is not None
+        defaults["transport"] = transport
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeAlias
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeAlias, cast
 
 import grpc
 
@@ -65,16 +65,16 @@ class Link(Protocol):
         """What to wait for before more is written; None if nothing."""
 
 
-class Details(grpc.HandlerCallDetails):  # type: ignore[misc]
+class Details(grpc.HandlerCallDetails):
     """What interceptors and generic handlers are told of a call."""
 
     def __init__(self, call: Call) -> None:
-        self._call = call
+        self._head = call.head
         self.method = call.path
 
     @property
-    def invocation_metadata(self) -> Metadata:
-        return self._call.invocation_metadata()
+    def invocation_metadata(self) -> tuple[tuple[str, str | bytes], ...]:  # type: ignore[override]
+        return self._head.metadata()
 
 
 class Call:
@@ -266,14 +266,11 @@ class Call:
         if handler is None:
             raise WireError(wire.UNIMPLEMENTED, "Method not found!")
         self._handler = handler
-        if not handler.request_streaming and not handler.response_streaming:
-            self._end_with(await handler.unary_unary(await self._only_message(handler), self))
-            return
+        behavior = _behavior(handler)
         if handler.request_streaming:
-            behavior: Any = handler.stream_stream if handler.response_streaming else handler.stream_unary
             result = behavior(self._requests(), self)
         else:
-            result = handler.unary_stream(await self._only_message(handler), self)
+            result = behavior(await self._only_message(handler), self)
         if not handler.response_streaming:
             self._end_with(await result)
         elif hasattr(result, "__aiter__"):
@@ -343,3 +340,13 @@ class Call:
         self._link.engine.send_headers(self.stream, block, ends=True)
         self._link.call_answered()
         self._link.flush_soon()
+
+
+def _behavior(handler: Handler) -> Callable[[Any, Call], Any]:
+    """What a handler of its kind does."""
+    behavior: Any
+    if handler.request_streaming:
+        behavior = handler.stream_stream if handler.response_streaming else handler.stream_unary
+    else:
+        behavior = handler.unary_stream if handler.response_streaming else handler.unary_unary
+    return cast("Callable[[Any, Call], Any]", behavior)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from server import limits
 from server.http2 import wire
 from server.http2.call import WRITE_AHEAD, Call
-from server.http2.engine import ENHANCE_YOUR_CALM, EVERY_STREAM, PREFACE, ConnectionError_, Engine, Stream
+from server.http2.engine import ENHANCE_YOUR_CALM, EVERY_STREAM, PREFACE, ProtocolBroken, Engine, Stream
 from server.http2.head import Head
 from server.http2.hpack import encode
 from server.http2.wire import WireError
@@ -23,7 +23,11 @@ logger = logging.getLogger(__name__)
 MAX_UNSENT = 1 << 20
 """Bytes that the kernel does not take before nothing more is read: a client that reads nothing gets no answers."""
 
-_GRPC = [(b":status", b"200"), (b"content-type", b"application/grpc"), (b"grpc-accept-encoding", wire.ACCEPTED_ENCODINGS)]
+_GRPC = [
+    (b":status", b"200"),
+    (b"content-type", b"application/grpc"),
+    (b"grpc-accept-encoding", wire.ACCEPTED_ENCODINGS),
+]
 
 
 class Connection(asyncio.Protocol):
@@ -76,7 +80,7 @@ class Connection(asyncio.Protocol):
             self.engine.start()
         try:
             self.engine.receive(data)
-        except ConnectionError_ as error:
+        except ProtocolBroken as error:
             logger.debug("%s broke HTTP/2: %s", self.peer, error)
             self.close()
             return
@@ -154,7 +158,7 @@ class Connection(asyncio.Protocol):
         if now - self._last_ping < limits.MIN_PING_INTERVAL_SECONDS:
             self._strikes += 1
             if self._strikes > limits.MAX_PING_STRIKES:
-                raise ConnectionError_(ENHANCE_YOUR_CALM, "too_many_pings")
+                raise ProtocolBroken(ENHANCE_YOUR_CALM, "too_many_pings")
         self._last_ping = now
 
     def _answer_plainly(self, stream: Stream, head: Head) -> None:

@@ -19,7 +19,7 @@ from collections import deque
 from typing import Any, Protocol
 
 from server.http2.head import Head
-from server.http2.hpack import Decoder, InvalidBlock, TooLarge
+from server.http2.hpack import MAX_LIST_BYTES, Decoder, InvalidBlock
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 """What a client begins with (RFC 9113, 3.4)."""
@@ -36,8 +36,12 @@ STREAM_WINDOW = 256 * 1024
 CONNECTION_WINDOW = 2**31 - 1
 """It is streams that are to be stopped, not the connection."""
 
-MAX_BLOCK_BYTES = 64 * 1024
-MAX_CONTINUATIONS = 16
+MAX_BLOCK_BYTES = 2 * 1024 * 1024
+"""Of a block of headers, which has to be read to its end even if they are refused: later ones refer to it."""
+
+MAX_CONTINUATIONS = 256
+"""Frames that a block may be cut into behind the first."""
+
 MAX_IDLE_FRAMES = 10_000
 """Frames in a row that bring nothing forward: no headers, no data, no window."""
 
@@ -47,7 +51,13 @@ _DATA, _HEADERS, _PRIORITY, _RST_STREAM, _SETTINGS, _PUSH_PROMISE, _PING, _GOAWA
     range(10)
 )
 _END_STREAM, _ACK, _END_HEADERS, _PADDED, _WITH_PRIORITY = 1, 1, 4, 8, 32
-_HEADER_TABLE_SIZE, _MAX_CONCURRENT_STREAMS, _INITIAL_WINDOW_SIZE, _MAX_FRAME_SIZE, _MAX_HEADER_LIST_SIZE = 1, 3, 4, 5, 6
+_HEADER_TABLE_SIZE, _MAX_CONCURRENT_STREAMS, _INITIAL_WINDOW_SIZE, _MAX_FRAME_SIZE, _MAX_HEADER_LIST_SIZE = (
+    1,
+    3,
+    4,
+    5,
+    6,
+)
 _DEFAULT_WINDOW = 65535
 _HEAD = struct.Struct(">HBBBI")  # the length in two parts, the type, flags, the stream
 _HEAD_BYTES = _HEAD.size
@@ -55,7 +65,7 @@ _PAIR = struct.Struct(">II")
 _SETTING = struct.Struct(">HI")
 
 
-class ConnectionError_(Exception):
+class ProtocolBroken(Exception):
     """The client broke the protocol; GOAWAY with this code is in the output."""
 
     def __init__(self, code: int, message: str) -> None:
@@ -159,7 +169,7 @@ class Engine:
             _MAX_CONCURRENT_STREAMS: self._max_streams,
             _INITIAL_WINDOW_SIZE: STREAM_WINDOW,
             _MAX_FRAME_SIZE: MAX_FRAME_BYTES,
-            _MAX_HEADER_LIST_SIZE: MAX_BLOCK_BYTES,
+            _MAX_HEADER_LIST_SIZE: MAX_LIST_BYTES,
         }
         self._frame(_SETTINGS, 0, 0, b"".join(_SETTING.pack(*pair) for pair in settings.items()))
         self._frame(_WINDOW_UPDATE, 0, 0, (CONNECTION_WINDOW - _DEFAULT_WINDOW).to_bytes(4))
@@ -174,13 +184,13 @@ class Engine:
         """Take bytes of the client.
 
         Raises:
-            ConnectionError_: they break the protocol.
+            ProtocolBroken: they break the protocol.
         """
         if self.failed:
             return
         try:
             self._receive(data)
-        except ConnectionError_ as error:
+        except ProtocolBroken as error:
             self.failed = True
             self.goaway(self.last_stream, error.code, str(error).encode())
             raise
@@ -195,14 +205,14 @@ class Engine:
                 self._rest = data
                 return
             if not data.startswith(PREFACE):
-                raise ConnectionError_(PROTOCOL_ERROR, "no HTTP/2")
+                raise ProtocolBroken(PROTOCOL_ERROR, "no HTTP/2")
             self._has_preface = True
             position = len(PREFACE)
         while end - position >= _HEAD_BYTES:
             high, low, kind, flags, number = _HEAD.unpack_from(data, position)
             length = high << 8 | low
             if length > MAX_FRAME_BYTES:
-                raise ConnectionError_(FRAME_SIZE_ERROR, f"a frame of {length} bytes")
+                raise ProtocolBroken(FRAME_SIZE_ERROR, f"a frame of {length} bytes")
             stop = position + _HEAD_BYTES + length
             if stop > end:
                 break
@@ -213,10 +223,10 @@ class Engine:
 
     def _take(self, kind: int, flags: int, number: int, payload: bytes) -> None:
         if self._block_stream and (kind != _CONTINUATION or number != self._block_stream):
-            raise ConnectionError_(PROTOCOL_ERROR, "a frame within a block of headers")
+            raise ProtocolBroken(PROTOCOL_ERROR, "a frame within a block of headers")
         if not self._has_settings:
             if kind != _SETTINGS or flags & _ACK:
-                raise ConnectionError_(PROTOCOL_ERROR, "the first frame is no SETTINGS")
+                raise ProtocolBroken(PROTOCOL_ERROR, "the first frame is no SETTINGS")
             self._has_settings = True
         if kind == _DATA:
             self._take_data(flags, number, payload)
@@ -227,7 +237,7 @@ class Engine:
         if kind != _WINDOW_UPDATE and kind != _CONTINUATION:
             self._idle_frames += 1
             if self._idle_frames > MAX_IDLE_FRAMES:
-                raise ConnectionError_(ENHANCE_YOUR_CALM, "too many frames that bring nothing forward")
+                raise ProtocolBroken(ENHANCE_YOUR_CALM, "too many frames that bring nothing forward")
         if kind == _WINDOW_UPDATE:
             self._take_window_update(number, payload)
         elif kind == _RST_STREAM:
@@ -249,7 +259,7 @@ class Engine:
             _require(number != 0, "a PRIORITY of no stream")
             _require(len(payload) == 5, "a PRIORITY is of 5 bytes", FRAME_SIZE_ERROR)
         elif kind == _PUSH_PROMISE:
-            raise ConnectionError_(PROTOCOL_ERROR, "a client does not push")
+            raise ProtocolBroken(PROTOCOL_ERROR, "a client does not push")
 
     # Frames ------------------------------------------------------------------------
 
@@ -305,7 +315,7 @@ class Engine:
         self._continuations += 1
         self._block += payload
         if self._continuations > MAX_CONTINUATIONS or len(self._block) > MAX_BLOCK_BYTES:
-            raise ConnectionError_(ENHANCE_YOUR_CALM, "headers without an end")
+            raise ProtocolBroken(ENHANCE_YOUR_CALM, "headers without an end")
         if flags & _END_HEADERS:
             block, self._block = bytes(self._block), bytearray()
             self._block_stream = 0
@@ -315,10 +325,8 @@ class Engine:
         """The headers, or trailers, of a stream are whole."""
         try:
             head = self._decoder.decode(block)  # in any case, as later blocks refer to it
-        except TooLarge as error:
-            raise ConnectionError_(ENHANCE_YOUR_CALM, str(error)) from error
         except InvalidBlock as error:
-            raise ConnectionError_(COMPRESSION_ERROR, str(error)) from error
+            raise ProtocolBroken(COMPRESSION_ERROR, str(error)) from error
         if (stream := self._streams.get(number)) is not None:  # trailers, which mean nothing in a request of gRPC
             if stream.closed_there:
                 self._break_stream(stream, STREAM_CLOSED)
@@ -401,7 +409,7 @@ class Engine:
     def _count_idle(self) -> None:
         self._idle_frames += 1
         if self._idle_frames > MAX_IDLE_FRAMES:
-            raise ConnectionError_(ENHANCE_YOUR_CALM, "too many frames that bring nothing forward")
+            raise ProtocolBroken(ENHANCE_YOUR_CALM, "too many frames that bring nothing forward")
 
     def _break_stream(self, stream: Stream, code: int) -> None:
         """The client broke the rules of one stream."""
@@ -426,12 +434,11 @@ class Engine:
         if stream.closed_here:
             return
         size = len(data)
-        if not stream.pending_bytes and size <= stream.send_window and size <= self._send_window:
-            if size <= self._max_frame:
-                stream.send_window -= size
-                self._send_window -= size
-                self._frame(_DATA, 0, stream.id, data)
-                return
+        if not stream.pending_bytes and size <= min(stream.send_window, self._send_window, self._max_frame):
+            stream.send_window -= size
+            self._send_window -= size
+            self._frame(_DATA, 0, stream.id, data)
+            return
         stream.pending.append(memoryview(data))
         stream.pending_bytes += size
         self._blocked[stream.id] = stream
@@ -515,4 +522,4 @@ class Engine:
 
 def _require(holds: bool, message: str, code: int = PROTOCOL_ERROR) -> None:
     if not holds:
-        raise ConnectionError_(code, message)
+        raise ProtocolBroken(code, message)

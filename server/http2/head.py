@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from server.http2 import wire
 from server.http2.wire import Header, Metadata, WireError
 
-OVERHEAD = 32
-"""Bytes of a header beside its name and value, in what clients are told of limits (RFC 9113, 6.5.2)."""
-
 _PSEUDO = {b":method", b":path", b":scheme", b":authority"}
 _FORBIDDEN = {b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"}
 
@@ -30,8 +27,10 @@ class Head:
         "wrong",
     )
 
-    def __init__(self, headers: Sequence[Header]) -> None:
+    def __init__(self, headers: Sequence[Header], size: int) -> None:
+        """`size` is of all headers that came, with 32 bytes for each beside its name and value (RFC 9113, 6.5.2)."""
         self.headers = headers
+        self.size = size
         self.method = self.path = self.content_type = b""
         self.encoding = b"identity"
         """`grpc-encoding`."""
@@ -39,15 +38,13 @@ class Head:
         """`grpc-timeout`, in seconds."""
         self.wrong: WireError | None = None
         """What is wrong with them for gRPC."""
-        self.size = 0
         self._metadata: Metadata | None = None
         self.is_request = self._read()
         """Whether they are those of a request of HTTP/2 (RFC 9113, 8.2 and 8.3)."""
 
     def _read(self) -> bool:
-        pseudo = set()
+        pseudo: set[bytes] = set()
         for position, (name, value) in enumerate(self.headers):
-            self.size += len(name) + len(value) + OVERHEAD
             if name[:1] == b":":
                 if position != len(pseudo) or name not in _PSEUDO or name in pseudo:  # they are first, and once each
                     return False

@@ -23,9 +23,10 @@ MAX_TABLE_BYTES = 4096
 """Of the dynamic table; the protocol's default, which is not changed."""
 
 MAX_LIST_BYTES = 64 * 1024
-"""Of all headers of a block, as RFC 9113 (6.5.2) counts them."""
+"""Of all headers of a block; further ones are counted, and not kept."""
 
 ENTRY_OVERHEAD = 32
+"""Bytes of a header beside its name and value, in all limits (RFC 7541, 4.1, and RFC 9113, 6.5.2)."""
 
 _STATIC: tuple[Header, ...] = tuple((bytes(name), bytes(value)) for name, value in HeaderTable.STATIC_TABLE)
 _CACHED_BLOCKS = 256
@@ -37,17 +38,19 @@ class InvalidBlock(ValueError):
     """A block that breaks the rules: the tables of both sides may differ from here on."""
 
 
-class TooLarge(InvalidBlock):
-    """More than `MAX_LIST_BYTES`."""
-
-
 class Decoder(Generic[Head]):
     """The decoder of one connection: what a block means depends on those before it."""
 
     __slots__ = ("_cache", "_dynamic", "_limit", "_make", "_size")
 
-    def __init__(self, make: Callable[[list[Header]], Head]) -> None:
-        """`make` is given the headers of a block, in order; what it gives may serve for several equal blocks."""
+    def __init__(self, make: Callable[[list[Header], int], Head]) -> None:
+        """Begin with empty tables.
+
+        Args:
+            make: is given the headers of a block, in order, and the bytes of all of
+                them, of which those beyond `MAX_LIST_BYTES` are left out. What it
+                gives may serve for several equal blocks.
+        """
         self._make = make
         self._dynamic: list[Header] = []  # the newest first
         self._size = 0
@@ -58,7 +61,7 @@ class Decoder(Generic[Head]):
         """Return what is made of the headers of a block.
 
         Raises:
-            InvalidBlock: it breaks the rules, or is too large.
+            InvalidBlock: it breaks the rules.
         """
         if (known := self._cache.get(block)) is not None:
             return known
@@ -79,7 +82,7 @@ class Decoder(Generic[Head]):
                     self._add(header)
                     is_pure = False
                 elif first & 0x20:  # a new size of the dynamic table
-                    if headers:
+                    if size:
                         raise InvalidBlock("the size of the table changes within a block")
                     limit, position = _prefixed(block, position, 0x1F)
                     if limit > MAX_TABLE_BYTES:
@@ -90,13 +93,12 @@ class Decoder(Generic[Head]):
                     continue
                 else:  # a literal that is not kept
                     header, position = self._literal(block, position, 0x0F)
-                headers.append(header)
                 size += len(header[0]) + len(header[1]) + ENTRY_OVERHEAD
-                if size > MAX_LIST_BYTES:
-                    raise TooLarge(f"more than {MAX_LIST_BYTES} bytes of headers")
+                if size <= MAX_LIST_BYTES:
+                    headers.append(header)
         except IndexError:
             raise InvalidBlock("the block ends within a header") from None
-        head = self._make(headers)
+        head = self._make(headers, size)
         if not is_pure:
             self._cache.clear()
         elif len(self._cache) < _CACHED_BLOCKS:
