@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from google.protobuf.duration_pb2 import Duration
 
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 from server.batching import Answer
@@ -42,9 +43,16 @@ def build_response(answers: Sequence[Answer[Scores]], include_logits: bool) -> p
     receipt = response.receipt
     receipt.model_version = scores.model_version
     receipt.batch_rows = max(answer.batch_rows for answer in answers)
-    receipt.queue_time.FromNanoseconds(int(max(answer.queue_seconds for answer in answers) * 1e9))
-    receipt.compute_time.FromNanoseconds(int(sum(answer.compute_seconds for answer in answers) * 1e9))
+    _set(receipt.queue_time, max(answer.queue_seconds for answer in answers))
+    _set(receipt.compute_time, sum(answer.compute_seconds for answer in answers))
     return response
+
+
+def _set(duration: Duration, seconds: float) -> None:
+    """As `FromNanoseconds`, which takes five times as long."""
+    whole = int(seconds)
+    duration.seconds = whole
+    duration.nanos = int((seconds - whole) * 1e9)
 
 
 def _columns(

@@ -30,7 +30,17 @@ from server.errors import DeadlineExceeded, Internal, InvalidArgument, NotServin
 from server.inputs import Inputs, Rows, collect, count_bytes, count_images, decode, read_buffer
 from server.observer import Observer
 from server.settings import Settings
-from server.stream import LatestOnly, OrderedStream, Reply, Request, build_blocks, error_block, measure_frames
+from server.stream import (
+    LatestOnly,
+    MergedFrames,
+    OrderedStream,
+    ReadReady,
+    Reply,
+    Request,
+    build_blocks,
+    error_block,
+    measure_frames,
+)
 from server.version import server_version
 
 if TYPE_CHECKING:  # torch is imported by whoever loads the model, when the port is already open
@@ -198,8 +208,16 @@ class DigitService:
                 raise inputs.errors[min(inputs.errors)]
             return build_response(await self._submit(inputs.rows, deadline), request.include_logits)
 
-    async def stream_classify(self, read: Read, write: Write, timeout: float | None = None) -> None:
-        """Answer frames in order until `read` returns None; see `OrderedStream`."""
+    async def stream_classify(
+        self, read: Read, write: Write, timeout: float | None = None, read_ready: ReadReady | None = None
+    ) -> None:
+        """Answer frames in order until `read` returns None; see `OrderedStream`.
+
+        A transport that gets many messages at a time gives `read_ready`, which is
+        used in place of `read`; see `MergedFrames`.
+        """
+        if read_ready is not None:
+            read = MergedFrames(read_ready, self._settings.max_message_bytes)
         deadline = deadline_after(timeout)
         flow = Flow()  # one for all of its frames, so that many of them do not crowd out other callers
 

@@ -46,8 +46,10 @@ class DigitClassifierServicer:
             request = await context.read()
             return None if request is grpc.aio.EOF else message(request)
 
+        # The transport of our own gets many messages at a time; grpc.aio has one after the other.
+        read_ready = getattr(context, "read_ready", None)
         try:
-            await self._service.stream_classify(read, writer(context), context.time_remaining())
+            await self._service.stream_classify(read, writer(context), context.time_remaining(), read_ready)
         except ServiceError as error:
             await refuse(context, error)
 

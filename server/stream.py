@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
+from digits.preprocessing import PIXELS
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 from server.answers import build_response
 from server.batching import Answer
@@ -122,6 +123,60 @@ class OrderedStream(Generic[Request, Reply]):
             self._unanswered -= rows
             self._unanswered_bytes -= size
             self._room.set()
+
+
+MERGED_ROWS = 256
+"""Frames that are merged at most."""
+
+ReadReady: TypeAlias = Callable[[], Awaitable[list[pb.StreamClassifyRequest]]]
+"""Waits for a message, and gives all that are there; none at the end."""
+
+
+class MergedFrames:
+    """Reads a stream whose messages come many at a time: pixels that follow each other become one message.
+
+    A message of one image costs many times what its image costs the network.
+    Those that lie side by side are validated, batched and answered together;
+    the blocks of the answers say which frames they are of, as always.
+    """
+
+    def __init__(self, read_ready: ReadReady, max_bytes: int) -> None:
+        self._read_ready = read_ready
+        self._max_rows = min(MERGED_ROWS, max_bytes // PIXELS)
+        self._ready: deque[pb.StreamClassifyRequest] = deque()
+
+    async def __call__(self) -> pb.StreamClassifyRequest | None:
+        """The next message, or several as one; None at the end."""
+        if not self._ready:
+            self._ready.extend(await self._read_ready())
+            if not self._ready:
+                return None
+        first = self._ready.popleft()
+        if not self._ready or (rows := mergeable_rows(first)) is None:
+            return first
+        parts = [first.frames.pixels]
+        while self._ready:
+            other = self._ready[0]
+            more = mergeable_rows(other)
+            if (
+                more is None
+                or rows + more > self._max_rows
+                or other.first_sequence != first.first_sequence + rows
+                or other.frames.include_logits != first.frames.include_logits
+            ):
+                break
+            parts.append(other.frames.pixels)
+            rows += more
+            self._ready.popleft()
+        if len(parts) > 1:
+            first.frames.pixels = b"".join(parts)
+        return first
+
+
+def mergeable_rows(request: pb.StreamClassifyRequest) -> int | None:
+    """The images of a message that others may be merged with: whole pixels, of which none may be overtaken."""
+    size = len(request.frames.pixels)
+    return size // PIXELS if size and not size % PIXELS and not request.latest_only else None
 
 
 LOOK_TURNS = 32

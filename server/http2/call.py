@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeAlias, cast
 
 import grpc
 
+from server.errors import ServiceError
 from server.http2 import wire
 from server.http2.engine import Engine, Stream
 from server.http2.head import Head
@@ -120,7 +121,7 @@ class Call:
         """The status has been sent, or nobody is there who could get it."""
         self._deframer = Deframer(link.server.max_message_bytes, head.encoding)
         self._messages: deque[bytes] = deque()
-        self._broken: WireError | None = None  # what stands where the next message should
+        self._broken: WireError | ServiceError | None = None  # what stands where the next message should
         self._reader: asyncio.Future[None] | None = None
         self._handler: Handler | None = None
         self._has_head = False
@@ -226,6 +227,28 @@ class Call:
         assert self._handler is not None
         return self._handler.request_deserializer(content) if self._handler.request_deserializer else content
 
+    async def read_ready(self) -> list[Any]:
+        """Wait for a message, and give all that are there; none at the end.
+
+        Raises:
+            ServiceError: bytes that are no message stood where the next one should.
+        """
+        first = await self._take()
+        if first is None:
+            return []
+        assert self._handler is not None
+        read = self._handler.request_deserializer or bytes
+        requests: list[Any] = [read(first)]
+        while self._messages and not isinstance(requests[-1], ServiceError):
+            requests.append(read(self._pop()))
+        if isinstance(error := requests[-1], ServiceError):
+            del requests[-1]
+            if not requests:
+                raise error
+            self._broken = error
+            self._messages.clear()
+        return requests
+
     async def write(self, response: Any) -> None:
         """Send a message; waits while the client has too much that it did not read."""
         if self.over:
@@ -288,6 +311,9 @@ class Call:
                 return None
             self._reader = self._loop.create_future()
             await self._reader
+        return self._pop()
+
+    def _pop(self) -> bytes:
         content = self._messages.popleft()
         self._link.engine.consume(self.stream, len(content) + wire.PREFIX_BYTES)
         self._link.flush_soon()

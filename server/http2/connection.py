@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from server import limits
 from server.http2 import wire
 from server.http2.call import WRITE_AHEAD, Call
-from server.http2.engine import ENHANCE_YOUR_CALM, EVERY_STREAM, PREFACE, ProtocolBroken, Engine, Stream
+from server.http2.engine import ENHANCE_YOUR_CALM, EVERY_STREAM, PREFACE, Engine, ProtocolBroken, Stream
 from server.http2.head import Head
 from server.http2.hpack import encode
 from server.http2.wire import WireError
