@@ -422,12 +422,12 @@ class _Moves:
     def one(self) -> Iterator[None]:
         """Move, in a `with`. Only the supervisor does."""
         file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        count = int.from_bytes(os.pread(file, 8, 0), "little")
         try:
-            count = int.from_bytes(os.pread(file, 8, 0), "little")
             os.pwrite(file, (count | 1).to_bytes(8, "little"), 0)
             yield
-            os.pwrite(file, ((count | 1) + 1).to_bytes(8, "little"), 0)
         finally:
+            os.pwrite(file, ((count | 1) + 1).to_bytes(8, "little"), 0)
             os.close(file)
 
 

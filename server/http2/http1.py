@@ -184,6 +184,9 @@ class Http1Connection(asyncio.Protocol):
         self._is_head_timed = False
         self._is_head = event.method == b"HEAD"
         self._thrown_away = 0
+        if event.http_version[:2] != b"1.":
+            self._send(broken(505, f"HTTP/1.1 and 2 are spoken here, not {event.http_version.decode()}"), closes=True)
+            return
         headers = list(event.headers)
         size = len(event.target) + sum(len(name) + len(value) + 4 for name, value in headers)
         self._exchange = self._routes.begin(
@@ -297,7 +300,7 @@ class Http1Connection(asyncio.Protocol):
 
     def _expect_reader(self) -> None:
         """End the connection if nothing of what is to be sent was taken."""
-        unsent = self._transport.get_write_buffer_size()
+        unsent = 0 if self._transport.is_closing() else self._transport.get_write_buffer_size()
         if unsent >= self._unsent > 0:
             self._give_up()
         elif unsent:
@@ -337,4 +340,4 @@ class Http1Connection(asyncio.Protocol):
         """Send what is queued, and close."""
         self._closing = True
         self._transport.close()
-        self._watch_reader()
+        self._later("reader", SILENCE_SECONDS, self._transport.abort)

@@ -352,7 +352,7 @@ class Exchange:
     def _failed(self, error: ServiceError, status: int | None = None, headers: Sequence[Header] = ()) -> Answer:
         more = [_JSON, *headers]
         if error.retry_after_seconds is not None:
-            more.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_seconds))))
+            more.append((b"retry-after", retry_after(error.retry_after_seconds)))
         return self._answered(status or HTTP_STATUSES[error.code], more, _json(status_of(error)))
 
     def _answered(self, status: int, headers: Sequence[Header], body: bytes) -> Answer:
@@ -374,6 +374,11 @@ class Exchange:
                 message=str(told) if told else "",
                 incident_id=told.incident_id if told else "",
             )
+
+
+def retry_after(seconds: float) -> bytes:
+    """A header `retry-after`, which knows whole seconds only."""
+    return b"%d" % max(1, math.ceil(seconds))
 
 
 def broken(status: int, message: str) -> Answer:
