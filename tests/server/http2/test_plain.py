@@ -233,10 +233,9 @@ class Http2:
         ends = (h2.events.StreamEnded, h2.events.StreamReset)
         while not any(isinstance(event, ends) for event in self.events[number]):
             await self.more()
-        events: list[Any] = self.events[number]
-        headers: dict[str, str] = dict(
-            next(event for event in events if type(event) is h2.events.ResponseReceived).headers
-        )
+        events = self.events[number]
+        response: Any = next(event for event in events if isinstance(event, h2.events.ResponseReceived))
+        headers = dict(response.headers)
         body = b"".join(event.data for event in events if isinstance(event, h2.events.DataReceived))
         return Reply(int(headers.pop(":status")), headers, body)
 
