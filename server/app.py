@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -56,6 +57,7 @@ class DigitServer:
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         exchange: model_admin.Exchange | None = None,
         shares_port: bool = False,
+        metrics_page: Callable[[str], tuple[bytes, str]] | None = None,
     ) -> None:
         """Bind the address of the settings; `port` tells the port.
 
@@ -66,6 +68,8 @@ class DigitServer:
             exchange: what ModelAdmin calls; without it, there is none.
             shares_port: other processes listen on the same port. It is then bound
                 by `start`, as the kernel sends connections to whoever has bound it.
+            metrics_page: gives the page of metrics and its content type for a
+                scraper's header `Accept`, for a transport that speaks plain HTTP.
 
         Raises:
             OSError: the address cannot be bound, for example because it is taken.
@@ -87,8 +91,11 @@ class DigitServer:
         if exchange is not None:
             names.append(model_admin.SERVICE_NAME)
         self._reflection = admin.ReflectionServicer(names)
-        interceptors = [*interceptors, *authentication.interceptors(settings, self._observer)]
+        tokens = authentication.interceptors(settings, self._observer)
+        interceptors = [*interceptors, *tokens]
         self._server, self._credentials = _transport(settings, interceptors, shares_port=shares_port)
+        if settings.transport == "asgi":
+            self._add_plain_http(tokens[0] if tokens else None, metrics_page, names)
         intake = Intake(self._service)
         servicer.add_to_server(servicer.DigitClassifierServicer(self._service, intake), self._server)
         open_inference_servicer.add_to_server(
@@ -106,6 +113,29 @@ class DigitServer:
     def address(self) -> str:
         """`host:port`, as a client takes it."""
         return f"{bracketed(self._settings.host)}:{self.port}"
+
+    def _add_plain_http(
+        self,
+        tokens: authentication.BearerTokens | None,
+        metrics_page: Callable[[str], tuple[bytes, str]] | None,
+        grpc_services: Sequence[str],
+    ) -> None:
+        from server.http2.plain import Routes
+
+        async def metrics(accept: str) -> tuple[bytes, str]:
+            assert metrics_page is not None
+            return await in_daemon_thread(functools.partial(metrics_page, accept))
+
+        server: Any = self._server
+        server.routes = Routes(
+            self._service,
+            is_serving=self.is_serving,
+            max_message_bytes=self._settings.max_message_bytes,
+            observer=self._observer,
+            tokens=tokens,
+            metrics=metrics if metrics_page else None,
+            grpc_services=grpc_services,
+        )
 
     def _bind(self) -> None:
         """Listen at all addresses of the host, or at none."""

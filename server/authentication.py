@@ -41,7 +41,7 @@ _TOKEN = re.compile(r"[A-Za-z0-9\-._~+/]+=*")
 _SCHEME = "bearer "
 
 
-def interceptors(settings: Settings, observer: Observer) -> list[grpc.aio.ServerInterceptor]:
+def interceptors(settings: Settings, observer: Observer) -> list[BearerTokens]:
     """The interceptor that asks for a token; none without `auth_token_file`.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from types import TracebackType
@@ -28,12 +29,17 @@ class Instruments:
         self._closers: list[Callable[[], object]] = []
         self.interceptors: list[grpc.aio.ServerInterceptor] = []
         self.observer: Observer | None = None
+        self.page: Callable[[str], tuple[bytes, str]] | None = None
+        """The page of metrics for a scraper's header `Accept`, and its content type. Takes milliseconds."""
         observers: list[Observer] = []
         if settings.metrics_port is not None:
-            from server.metrics import Metrics, start_metrics_server
+            from server.metrics import Metrics, own_registry, page_of, registry_of_workers, start_metrics_server
 
             metrics = Metrics(max_queue_size=settings.max_queue_size)
             observers.append(metrics)
+            # Made when it is first asked for, as workers do without the package that writes it.
+            registry = functools.cache(own_registry if worker is None else registry_of_workers)
+            self.page = lambda accept: page_of(registry(), accept)
             if worker is None:
                 self._closers.append(metrics.close)
                 page, port = start_metrics_server(settings.host, settings.metrics_port)

@@ -31,6 +31,7 @@ async def serve(settings: Settings) -> None:
                 observer=instruments.observer,
                 interceptors=instruments.interceptors,
                 exchange=deployment if settings.admin else None,
+                metrics_page=instruments.page,
             )
         except OSError as error:
             raise CannotServe(str(error)) from error

@@ -22,8 +22,10 @@ import socket
 import struct
 import sys
 import threading
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
@@ -172,11 +174,12 @@ class Cells:
     _START = 8
     _RESERVE = 512  # bytes behind all records, for what has found no room
 
-    def __init__(self, memory: mmap.mmap) -> None:
+    def __init__(self, memory: mmap.mmap, *, is_writer: bool = True) -> None:
         self._memory = memory
         self.numbers = memoryview(memory).cast("d")
         self._end = memoryview(memory).cast("q")
-        self._end[0] = max(self._end[0], self._START)
+        if is_writer:
+            self._end[0] = max(self._end[0], self._START)
         self.nowhere = (len(memory) - self._RESERVE) // 8
         """The index of numbers that nobody reads."""
 
@@ -193,6 +196,16 @@ class Cells:
             file.write(bytes(max(0, MEMORY_BYTES - file.tell())))
             file.flush()
             return cls(mmap.mmap(file.fileno(), MEMORY_BYTES))
+
+    @classmethod
+    def of_another(cls, path: Path) -> Self | None:
+        """Cells that another process writes, to be read only; None where it has not begun, or is gone."""
+        try:
+            with path.open("rb") as file:
+                memory = mmap.mmap(file.fileno(), MEMORY_BYTES, access=mmap.ACCESS_READ)
+        except (FileNotFoundError, ValueError):  # the latter for a file that is not yet so long
+            return None
+        return cls(memory, is_writer=False)
 
     def add(self, family: Family, labels: tuple[str, ...] = ()) -> int | None:
         """Begin a series at 0; return the index of its first number in `numbers`, or None where there is no room."""
@@ -383,10 +396,39 @@ _NOT_TOLD = float("-inf")
 
 # Adding up ------------------------------------------------------------------------
 
-_files = threading.Lock()
-"""Held while files are read, and while the numbers of a dead worker go from its file to that of the dead."""
-
 _SUFFIX = ".metrics"
+
+MAX_LOOKS = 1000
+LOOK_AGAIN_SECONDS = 0.001
+
+
+class _Moves:
+    """Counts the moves of a dead worker's numbers, for readers in other processes: odd while one goes on.
+
+    Not a lock, so that the supervisor waits for no reader, however slow.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / "moves"
+
+    def count(self) -> int:
+        """How many times one began or ended."""
+        try:
+            return int.from_bytes(self._path.read_bytes(), "little")
+        except FileNotFoundError:
+            return 0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Move, in a `with`. Only the supervisor does."""
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        count = int.from_bytes(os.pread(file, 8, 0), "little")
+        try:
+            os.pwrite(file, (count | 1).to_bytes(8, "little"), 0)
+            yield
+        finally:
+            os.pwrite(file, ((count | 1) + 1).to_bytes(8, "little"), 0)
+            os.close(file)
 
 
 def _file_of(pid: int, directory: Path) -> Path:
@@ -402,7 +444,7 @@ def worker_died(pid: int, directory: str | os.PathLike[str] | None = None) -> No
     if not directory:
         return
     path = _file_of(pid, Path(directory))
-    with _files:
+    with _Moves(Path(directory)).one():
         dead = Cells.in_file(Path(directory) / f"dead{_SUFFIX}")
         places = dict(dead.series())
 
@@ -441,13 +483,26 @@ def _total(processes: Sequence[Cells]) -> dict[Series, Sequence[float]]:
 
 
 def _total_of_files(directory: Path) -> dict[Series, Sequence[float]]:
-    with _files:
-        processes = [Cells.in_file(path) for path in sorted(directory.glob(f"*{_SUFFIX}"))]
-        try:
-            return _total(processes)
-        finally:
-            for cells in processes:
-                cells.close()
+    """What all files of a directory hold; in any process, in any thread."""
+    moves = _Moves(directory)
+    for _ in range(MAX_LOOKS):
+        before = moves.count()
+        if before % 2 == 0:
+            total = _sum_of_files(directory)
+            if moves.count() == before:
+                return total
+        time.sleep(LOOK_AGAIN_SECONDS)
+    return _sum_of_files(directory)  # the supervisor was stopped within a move: better a wrong page than none
+
+
+def _sum_of_files(directory: Path) -> dict[Series, Sequence[float]]:
+    opened = [Cells.of_another(path) for path in sorted(directory.glob(f"*{_SUFFIX}"))]
+    processes = [cells for cells in opened if cells is not None]
+    try:
+        return _total(processes)
+    finally:
+        for cells in processes:
+            cells.close()
 
 
 # Telling ---------------------------------------------------------------------------
@@ -545,13 +600,10 @@ class _Handler(BaseHTTPRequestHandler):
     sys_version = ""
 
     def do_GET(self) -> None:
-        from prometheus_client.exposition import choose_encoder
-
         if urlsplit(self.path).path != "/metrics":
             self.send_error(HTTPStatus.NOT_FOUND, "metrics are at /metrics")
             return
-        encode, content_type = choose_encoder(self.headers.get("Accept", ""))
-        page = encode(self.server.registry)
+        page, content_type = page_of(self.server.registry, self.headers.get("Accept", ""))
         self.send_response(HTTPStatus.OK)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(page)))
@@ -560,6 +612,36 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Scrapes are no news."""
+
+
+def page_of(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
+    """The page of a registry in a form that a scraper's header `Accept` asks for, and its content type."""
+    from prometheus_client.exposition import choose_encoder
+
+    encode, content_type = choose_encoder(accept)
+    return encode(registry), content_type
+
+
+def own_registry() -> CollectorRegistry:
+    """What `start_metrics_server` tells for a single process.
+
+    Raises:
+        CannotServe: prometheus_client is not installed.
+    """
+    registry: CollectorRegistry = _prometheus_client().REGISTRY
+    return registry
+
+
+def registry_of_workers(directory: str | os.PathLike[str] | None = None) -> CollectorRegistry:
+    """What all workers count in a directory, by default that of `DIRECTORY_VARIABLE`; each of them may tell it.
+
+    Raises:
+        CannotServe: prometheus_client is not installed.
+    """
+    path = Path(directory or os.environ[DIRECTORY_VARIABLE])
+    registry: CollectorRegistry = _prometheus_client().CollectorRegistry()
+    _register(_Collector(lambda: _total_of_files(path)), registry)
+    return registry
 
 
 def start_metrics_server(
@@ -578,13 +660,11 @@ def start_metrics_server(
         CannotServe: the address cannot be bound, or prometheus_client is not
             installed.
     """
-    prometheus_client = _prometheus_client()
     if multiprocess_dir is not None:
-        directory = Path(multiprocess_dir)
-        registry = prometheus_client.CollectorRegistry()
-        _register(_Collector(lambda: _total_of_files(directory)), registry)
+        registry = registry_of_workers(multiprocess_dir)
+    registry = registry or own_registry()
     try:
-        server = MetricsServer(host, port, registry or prometheus_client.REGISTRY)
+        server = MetricsServer(host, port, registry)
     except OSError as error:
         raise CannotServe(f"metrics cannot be served on {bracketed(host)}:{port}: {error.strerror}") from error
     return server, server.port

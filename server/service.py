@@ -138,6 +138,11 @@ class DigitService:
         return self._classifier
 
     @property
+    def max_images(self) -> int:
+        """How many images a request may carry."""
+        return self._settings.max_queue_size
+
+    @property
     def draining(self) -> bool:
         return self._draining
 

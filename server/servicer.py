@@ -9,15 +9,14 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import grpc
-from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import DecodeError, Message
-from google.rpc import error_details_pb2, status_pb2
 
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 from server import logs
 from server.errors import InvalidArgument, ServiceError
 from server.intake import Intake, Methods
 from server.service import CLASSIFY, GET_MODEL, SERVICE_NAME, STREAM_CLASSIFY, DigitService
+from server.statuses import status_of
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 M = TypeVar("M", bound=Message)
@@ -186,15 +185,9 @@ def code_of(context: Context) -> str:
 
 async def refuse(context: Context, error: ServiceError) -> NoReturn:
     """End a call with an error's status, its google.rpc details and the hint when to try again."""
-    status = status_pb2.Status(code=error.number, message=str(error))
+    status = status_of(error)
     metadata: list[tuple[str, str | bytes]] = []
-    if error.field:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error))
-        _add(status, error_details_pb2.BadRequest(field_violations=[violation]))
     if error.retry_after_seconds is not None:
-        delay = duration_pb2.Duration()
-        delay.FromNanoseconds(int(error.retry_after_seconds * 1e9))
-        _add(status, error_details_pb2.RetryInfo(retry_delay=delay))
         metadata.append(("grpc-retry-pushback-ms", str(int(error.retry_after_seconds * 1000))))
     metadata.append((logs.REQUEST_ID_KEY, logs.request_id(context.invocation_metadata())))
     if error.incident_id:
@@ -206,9 +199,3 @@ async def refuse(context: Context, error: ServiceError) -> NoReturn:
     except grpc.aio.InternalError as failure:  # gRPC could not send; the handler is cancelled a moment later
         raise asyncio.CancelledError from failure
     raise AssertionError("abort always raises")
-
-
-def _add(status: status_pb2.Status, detail: Message) -> None:
-    packed = any_pb2.Any()
-    packed.Pack(detail)
-    status.details.append(packed)

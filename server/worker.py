@@ -129,6 +129,7 @@ class Worker:
                 interceptors=self._instruments.interceptors,
                 exchange=self if settings.admin else None,
                 shares_port=True,
+                metrics_page=self._instruments.page,
             )
             await in_daemon_thread(_import_torch)
         except ModuleNotFoundError as error:

@@ -13,6 +13,8 @@ from server.http2.call import WRITE_AHEAD, Call
 from server.http2.engine import ENHANCE_YOUR_CALM, EVERY_STREAM, PREFACE, Engine, ProtocolBroken, Stream
 from server.http2.head import Head
 from server.http2.hpack import encode
+from server.http2.peers import peer_of
+from server.http2.plain_call import PlainCall
 from server.http2.wire import WireError
 
 if TYPE_CHECKING:
@@ -37,14 +39,14 @@ class Connection(asyncio.Protocol):
         self.server = server
         self.engine = Engine(self, limits.MAX_STREAMS)
         self.peer = "unknown"
-        self.calls: set[Call] = set()
+        self.calls: set[Call | PlainCall] = set()
         """Those whose handlers run."""
         self._transport: asyncio.Transport
         self._begun = b""  # what came before it was known to be HTTP/2
         self._is_http2 = False
         self._flushing = False
         self._paused = False
-        self._waiting: dict[Call, asyncio.Future[None]] = {}  # for room to write
+        self._waiting: dict[Call | PlainCall, asyncio.Future[None]] = {}  # for room to write
         self._draining = self._is_last_known = False
         self._ping_sent = False
         self._heard = 0.0
@@ -57,7 +59,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
         self._transport.set_write_buffer_limits(high=MAX_UNSENT)
-        self.peer = _peer(transport.get_extra_info("peername"))
+        self.peer = peer_of(transport.get_extra_info("peername"))
         self.server.connections.add(self)
         self._heard = self.server.loop.time()
         self._later("handshake", limits.HANDSHAKE_SECONDS, self._expect_handshake)
@@ -74,7 +76,7 @@ class Connection(asyncio.Protocol):
                 if PREFACE.startswith(data):
                     self._begun = data
                 else:
-                    self.server.other_protocol(self._transport, data)
+                    self._hand_over(data)
                 return
             self._is_http2 = True
             self.engine.start()
@@ -85,6 +87,13 @@ class Connection(asyncio.Protocol):
             self.close()
             return
         self._flush()
+
+    def _hand_over(self, data: bytes) -> None:
+        """Leave the transport to whoever understands what does not begin as HTTP/2 does."""
+        for timer in self._timers.values():
+            timer.cancel()
+        self.server.connections.discard(self)
+        self.server.other_protocol(self._transport, data)
 
     def eof_received(self) -> bool:
         return False
@@ -162,8 +171,11 @@ class Connection(asyncio.Protocol):
         self._last_ping = now
 
     def _answer_plainly(self, stream: Stream, head: Head) -> None:
-        """What is no gRPC: a method other than POST, or another content type."""
-        if head.method == b"POST":
+        """What is no gRPC."""
+        if self.server.routes is not None:
+            stream.user = call = PlainCall(self, self.server.routes, stream, head)
+            self.calls.add(call)
+        elif head.method == b"POST":
             self._answer(stream, encode([(b":status", b"415")]))
         else:
             self._answer(stream, encode([(b":status", b"405"), (b"allow", b"POST")]))
@@ -189,13 +201,13 @@ class Connection(asyncio.Protocol):
     def call_answered(self) -> None:
         self._strikes = 0  # who has something to do here may ask whether it is there
 
-    def call_ended(self, call: Call) -> None:
+    def call_ended(self, call: Call | PlainCall) -> None:
         self.calls.discard(call)
         self._waiting.pop(call, None)
         self.engine.release(call.stream)
         self._close_if_done()
 
-    def room_for(self, call: Call) -> asyncio.Future[None] | None:
+    def room_for(self, call: Call | PlainCall) -> asyncio.Future[None] | None:
         if call.over or (not self._paused and call.stream.pending_bytes <= WRITE_AHEAD):
             return None
         self._waiting[call] = room = self.server.loop.create_future()
@@ -265,11 +277,3 @@ class Connection(asyncio.Protocol):
     def _close_if_done(self) -> None:
         if self._is_last_known and not self.calls and not self.engine.has_unsent:
             self.server.loop.call_soon(self.close)
-
-
-def _peer(address: Any) -> str:
-    """As gRPC writes it."""
-    if not isinstance(address, tuple):
-        return "unknown"
-    host, port = address[:2]
-    return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"

@@ -24,7 +24,7 @@ from server.http2.hpack import MAX_LIST_BYTES, Decoder, InvalidBlock
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 """What a client begins with (RFC 9113, 3.4)."""
 
-NO_ERROR, PROTOCOL_ERROR, FLOW_CONTROL_ERROR, STREAM_CLOSED, FRAME_SIZE_ERROR = 0, 1, 3, 5, 6
+NO_ERROR, PROTOCOL_ERROR, INTERNAL_ERROR, FLOW_CONTROL_ERROR, STREAM_CLOSED, FRAME_SIZE_ERROR = 0, 1, 2, 3, 5, 6
 REFUSED_STREAM, CANCEL, COMPRESSION_ERROR, ENHANCE_YOUR_CALM = 7, 8, 9, 11
 
 MAX_FRAME_BYTES = 65536
@@ -96,7 +96,7 @@ class Stream:
         self.credit = 0  # bytes that were used and not given back yet
         self.pending: deque[memoryview] = deque()  # data that waits for window
         self.pending_bytes = 0
-        self.end_block: bytes | None = None  # trailers that go behind it
+        self.end_block: bytes | None = None  # trailers that go behind it; empty: the end, and no trailers
         self.closed_here = False  # all has been sent
         self.closed_there = False  # nothing more comes
         self.user: Any = None
@@ -444,6 +444,16 @@ class Engine:
         self._blocked[stream.id] = stream
         self._send_waiting(stream)
 
+    def end(self, stream: Stream) -> None:
+        """End a stream behind its data, without trailers."""
+        if stream.closed_here or stream.end_block is not None:
+            return
+        if stream.pending_bytes:
+            stream.end_block = b""
+            return
+        self._frame(_DATA, _END_STREAM, stream.id, b"")
+        self._close_here(stream)
+
     def reset(self, stream: Stream, code: int) -> None:
         """Give the stream up; after its end, this tells the client to send no more."""
         if self._streams.get(stream.id) is stream:
@@ -502,7 +512,10 @@ class Engine:
             self._frame(_DATA, 0, stream.id, data)
         self._blocked.pop(stream.id, None)
         if stream.end_block is not None:
-            self._frame(_HEADERS, _END_HEADERS | _END_STREAM, stream.id, stream.end_block)
+            if stream.end_block:
+                self._frame(_HEADERS, _END_HEADERS | _END_STREAM, stream.id, stream.end_block)
+            else:
+                self._frame(_DATA, _END_STREAM, stream.id, b"")
             self._close_here(stream)
 
     def _close_here(self, stream: Stream) -> None:

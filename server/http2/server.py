@@ -15,6 +15,8 @@ import grpc
 
 from server import limits
 from server.http2.connection import Connection
+from server.http2.http1 import Http1Connection
+from server.http2.plain import Routes
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,9 @@ class Http2Server:
             shares_port: whether other processes listen at the same port.
         """
         self.loop = asyncio.get_running_loop()
-        self.connections: set[Connection] = set()
+        self.connections: set[Connection | Http1Connection] = set()
+        self.routes: Routes | None = None
+        """What answers plain HTTP."""
         self.max_message_bytes = max_message_bytes
         self.max_connection_age = max_connection_age
         self.max_connection_age_grace = max_connection_age_grace
@@ -144,7 +148,13 @@ class Http2Server:
 
     def other_protocol(self, transport: asyncio.Transport, data: bytes) -> None:
         """Bytes that do not begin as HTTP/2 does."""
-        transport.write(
-            b"HTTP/1.1 426 Upgrade Required\r\nupgrade: h2c\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
-        )
-        transport.close()
+        if self.routes is None:
+            transport.write(
+                b"HTTP/1.1 426 Upgrade Required\r\nupgrade: h2c\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+            )
+            transport.close()
+            return
+        connection = Http1Connection(self, self.routes)
+        transport.set_protocol(connection)
+        connection.connection_made(transport)
+        connection.data_received(data)

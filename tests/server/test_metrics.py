@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -341,7 +342,25 @@ def test_workers_are_added_up_and_a_dead_one_takes_nothing_but_its_gauges(worker
         assert calls_of(samples) == (15, 15, 3.75)
         assert value(samples, "worker_restarts_total") == 3
         assert not [name for name, _ in samples if name == "mnist_grpc_workers"]
-    assert len(list(tmp_path.iterdir())) == 1, "the dead leave one file, however many they are"
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["dead.metrics", "moves"], "the dead leave one file, however many they are"
+
+
+def test_numbers_that_are_just_being_moved_are_not_read_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moves = metrics._Moves(tmp_path)
+    move = moves.one()
+    move.__enter__()
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 3:
+            move.__exit__(None, None, None)
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert metrics._total_of_files(tmp_path) == {}
+    assert len(waited) == 3
+    assert moves.count() == 2
 
 
 def test_counters_never_go_backwards_while_workers_are_killed(worker: Any, tmp_path: Path) -> None:

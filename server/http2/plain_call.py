@@ -1,0 +1,138 @@
+"""A request over a stream of HTTP/2 that is no call of gRPC: between the stream and an `Exchange`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Protocol
+
+from server import limits
+from server.http2.engine import CANCEL, INTERNAL_ERROR, Engine, Stream
+from server.http2.head import Head
+from server.http2.hpack import encode
+from server.http2.plain import Answer, Request, Routes, head_too_large
+
+if TYPE_CHECKING:
+    from server.http2.server import Http2Server
+
+logger = logging.getLogger(__name__)
+
+PIECE = 65536
+"""Bytes of an answer that are queued at once; more follow as the client takes them."""
+
+
+class Link(Protocol):
+    """What a request needs of its connection."""
+
+    server: Http2Server
+    engine: Engine
+    peer: str
+
+    def flush_soon(self) -> None:
+        """As of `server.http2.call.Link`, and so are the others."""
+
+    def call_answered(self) -> None: ...
+
+    def call_ended(self, call: PlainCall) -> None: ...
+
+    def room_for(self, call: PlainCall) -> asyncio.Future[None] | None: ...
+
+
+class PlainCall:
+    """From the headers of a request to the end of its answer."""
+
+    def __init__(self, link: Link, routes: Routes, stream: Stream, head: Head) -> None:
+        self._link = link
+        self.stream = stream
+        self.over = False
+        """The answer is complete, or nobody is there who could get it."""
+        self._is_answered = False
+        self._is_head = head.method == b"HEAD"
+        self._body = bytearray()
+        self._whole: asyncio.Future[Answer | None] = link.server.loop.create_future()
+        """The end of the body; with an answer, if that is not needed."""
+        headers = [(name, value) for name, value in head.headers if name[:1] != b":"]
+        self._exchange = routes.begin(
+            Request(head.method.decode("latin-1"), head.path.decode("latin-1"), headers, link.peer)
+        )
+        if head.size > limits.MAX_METADATA_BYTES:
+            self._exchange.abandon()
+            self._whole.set_result(head_too_large(head.size))
+        elif (refusal := self._exchange.refusal) is not None:
+            self._whole.set_result(refusal)
+        elif stream.closed_there:
+            self._whole.set_result(None)
+        self.task = link.server.loop.create_task(self._run())
+        self.task.add_done_callback(self._ended)
+
+    # What comes from the connection ---------------------------------------------
+
+    def feed(self, data: bytes) -> None:
+        """Bytes of the body."""
+        if self._whole.done():
+            return
+        self._body += data
+        if len(self._body) > self._exchange.body_limit:
+            self._body.clear()
+            self._whole.set_result(self._exchange.too_large())
+            return
+        self._link.engine.consume(self.stream, len(data))
+        self._link.flush_soon()
+
+    def feed_end(self) -> None:
+        """The body is whole."""
+        if not self._whole.done():
+            self._whole.set_result(None)
+
+    def abandon(self) -> None:
+        """Nobody waits for the answer any more."""
+        self.over = True
+        self._exchange.abandon()
+        self.task.cancel()
+
+    def cut_off(self, code: int, message: str) -> None:
+        """End the request from outside; one whose answer is being sent gets no more of it."""
+        if self.over:
+            return
+        if self._is_answered:
+            self._link.engine.reset(self.stream, CANCEL)
+        else:
+            answer = self._exchange.cut_off()
+            self._begin(answer)
+            if not self._is_head:
+                self._link.engine.send_data(self.stream, answer.body)
+            self._link.engine.end(self.stream)
+        self._link.flush_soon()
+        self.abandon()
+
+    # The task ------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        answer = await self._whole or await self._exchange.answer(bytes(self._body))
+        self._body.clear()
+        engine, stream = self._link.engine, self.stream
+        self._begin(answer)
+        if not self._is_head:
+            for start in range(0, len(answer.body), PIECE):
+                engine.send_data(stream, answer.body[start : start + PIECE])
+                self._link.flush_soon()
+                while (room := self._link.room_for(self)) is not None:
+                    await room
+        engine.end(stream)
+        self._link.flush_soon()
+
+    def _begin(self, answer: Answer) -> None:
+        self._is_answered = True
+        block = encode([(b":status", b"%d" % answer.status), *answer.headers])
+        self._link.engine.send_headers(self.stream, block)
+        self._link.call_answered()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Also of a task that was cancelled before it began."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("%s has a fault", self._link.peer, exc_info=error)
+            self._link.engine.reset(self.stream, INTERNAL_ERROR)
+            self._link.flush_soon()
+        self.over = True
+        self._exchange.abandon()
+        self._link.call_ended(self)
