@@ -135,6 +135,7 @@ class Call:
             self._deadline = loop.time() + head.timeout
             self._timer = loop.call_at(self._deadline, self._expire)
         self.task = loop.create_task(self._run())
+        self.task.add_done_callback(self._ended)
 
     # What comes from the connection ---------------------------------------------
 
@@ -278,11 +279,14 @@ class Call:
             if not isinstance(error, Exception):
                 raise
         finally:
-            if self._timer is not None:
-                self._timer.cancel()
             if not self.over:
                 self._end()
-            self._link.call_ended(self)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Also of a task that was cancelled before it began."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._link.call_ended(self)
 
     async def _answer(self) -> None:
         handler = await self._link.server.find_handler(Details(self))

@@ -82,6 +82,7 @@ class Stream:
         "credit",
         "end_block",
         "id",
+        "is_released",
         "pending",
         "pending_bytes",
         "receive_window",
@@ -97,6 +98,7 @@ class Stream:
         self.pending: deque[memoryview] = deque()  # data that waits for window
         self.pending_bytes = 0
         self.end_block: bytes | None = None  # trailers that go behind it; empty: the end, and no trailers
+        self.is_released = False  # nobody works on it any more
         self.closed_here = False  # all has been sent
         self.closed_there = False  # nothing more comes
         self.user: Any = None
@@ -461,8 +463,10 @@ class Engine:
             self._drop(stream)
 
     def release(self, stream: Stream) -> None:
-        """Nobody works on the stream any more: another one may take its place."""
-        self._working.discard(stream.id)
+        """Nobody works on the stream any more: once all of it is sent, another one may take its place."""
+        stream.is_released = True
+        if not stream.pending_bytes:
+            self._working.discard(stream.id)
 
     def consume(self, stream: Stream, size: int) -> None:
         """So many bytes of the stream were used: the client may send as many more."""
@@ -511,6 +515,8 @@ class Engine:
             self._send_window -= size
             self._frame(_DATA, 0, stream.id, data)
         self._blocked.pop(stream.id, None)
+        if stream.is_released:
+            self._working.discard(stream.id)
         if stream.end_block is not None:
             if stream.end_block:
                 self._frame(_HEADERS, _END_HEADERS | _END_STREAM, stream.id, stream.end_block)
@@ -531,6 +537,8 @@ class Engine:
         stream.pending_bytes = 0
         self._streams.pop(stream.id, None)
         self._blocked.pop(stream.id, None)
+        if stream.is_released:
+            self._working.discard(stream.id)
 
 
 def _require(holds: bool, message: str, code: int = PROTOCOL_ERROR) -> None:
