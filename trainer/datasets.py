@@ -207,7 +207,7 @@ def _tell_what_is_left_out(folder: Path, files: Sequence[Path]) -> None:
     seen = [path for path in every if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if left_out := sorted(set(seen) - set(files)):
         logger.warning(
-            "%s: %d files are not read, such as %s: pictures lie in the folder of their class, and end in %s",
+            "%s: files that are not read: %d, such as %s; pictures lie in the folder of their class, and end in %s",
             folder,
             len(left_out),
             left_out[0].relative_to(folder),

@@ -259,7 +259,7 @@ class TestFolder:
         with caplog.at_level(logging.WARNING):
             load_folder(pictures)
         (message,) = caplog.messages
-        assert f"{pictures}: 3 files are not read, such as 3/photo.heic: pictures lie in the folder of" in message
+        assert f"{pictures}: files that are not read: 3, such as 3/photo.heic; pictures lie in the folder of" in message
 
     def test_of_each_class_some_are_for_the_test_and_some_are_not(self, pictures: Path) -> None:
         for folder in pictures.glob("?"):
