@@ -42,7 +42,6 @@ from trainer.data import DIGITS, Data, DataError, LabelledPixels
 from trainer.datasets import load_data
 from trainer.evaluation import Evaluation, evaluation_of, read
 from trainer.flags import (
-    WEIGHTS,
     card_parser,
     evaluation_parser,
     given_settings,
@@ -53,9 +52,9 @@ from trainer.flags import (
 from trainer.measurement import digit_scores, measure, read_pictures
 from trainer.promotion import NotPromoted, promote
 from trainer.ranks import Ranks, joined
-from trainer.run import Run, RunError, environment, json_bytes, make_folder
+from trainer.run import FIGURES, WEIGHTS, Run, RunError, environment, json_bytes, make_folder, teacher_paths
 from trainer.settings import RECIPES, InvalidSetting, TrainingSettings
-from trainer.training import Epoch, State, Training, TrainingDiverged, train
+from trainer.training import Epoch, InvalidState, State, Training, TrainingDiverged, train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{flags.prog}: {stop}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
-        print(f"\n{flags.prog}: interrupted, nothing was written", file=sys.stderr)
+        print(f"\n{flags.prog}: interrupted", file=sys.stderr)
         return 130
     return 0
 
@@ -99,11 +98,17 @@ def _run_training(options: argparse.Namespace) -> None:
         _prepare(options.threads, ranks.use(settings.device))
         ranks.wait()  # until all know that they can
         run, data, teachers = ranks.from_first(lambda: _begin(begun, settings, options, ranks))
-        if settings.teacher == "cnn":
-            teachers = [_teacher(run, data, options, ranks)]
-        training = _train(run, run.folder, data, teachers, options, ranks)
-        if ranks.is_first:
-            _write_results(run, data, training, teachers, ranks)
+        try:
+            if settings.teacher == "cnn":
+                teachers = [_teacher(run, data, ranks)]
+            training = _train(run, data, teachers, ranks)
+            if ranks.is_first:
+                _write_results(run, data, training, teachers, ranks)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                "interrupted; what was learnt up to the last whole epoch is kept. Go on:\n"
+                + _command_to_go_on(run, options, ranks)
+            ) from None
 
 
 def _settings(options: argparse.Namespace) -> tuple[Run | None, TrainingSettings]:
@@ -117,47 +122,57 @@ def _begin(
 ) -> tuple[Run, Data, list[Checkpoint]]:
     """The run, the data, and the teachers that are there already."""
     data = _load(settings.dataset, options)
-    if settings.teacher in ("none", "cnn"):
-        teachers = []
-    else:
-        teachers = [load_checkpoint(path) for path in settings.teacher.split(",")]
+    teachers = [load_checkpoint(path) for path in teacher_paths(settings)]
     if begun is None:
         out = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-        return Run.begin(out, settings, data, ranks.size), data, teachers  # now, and not after minutes of training
+        return Run.begin(out, settings, data, ranks.size, teachers), data, teachers  # now, not after the training
     begun.check_data(data)
+    begun.check_teachers(teachers)
     return begun, data, teachers
 
 
-def _teacher(run: Run, data: Data, options: argparse.Namespace, ranks: Ranks) -> Checkpoint:
+def _command_to_go_on(run: Run, options: argparse.Namespace, ranks: Ranks) -> str:
+    command = "python" if ranks.size == 1 else "torchrun … as before …"
+    command += f" -m trainer --resume {shlex.quote(str(run.folder))} --data-dir {shlex.quote(str(options.data_dir))}"
+    return command if options.download else f"{command} --no-download"
+
+
+def _teacher(run: Run, data: Data, ranks: Ranks) -> Checkpoint:
     """The network that is trained before the run's own, as a run in a folder within the run's."""
     folder = run.folder / "teacher"
 
     def begin() -> Run | None:
-        if (folder / WEIGHTS).exists():
+        begun = Run.go_on(folder) if Run.is_at(folder) else None
+        if begun and begun.is_complete:
             return None
         print("\nThe teacher, by --recipe cnn:", flush=True)
+        if begun:
+            begun.check_data(data)
+            return begun
         own = RECIPES["cnn"]
         settings = TrainingSettings(
             **own
             | {name: getattr(run.settings, name) for name in ("dataset", "validation_size", "seed", "device")}
             | {"epochs": min(own["epochs"], run.settings.epochs)}
         )
-        own_run = Run.go_on(folder) if folder.exists() else Run.begin(folder, settings, data, ranks.size)
-        own_run.check_data(data)
-        return own_run
+        return Run.begin(folder, settings, data, ranks.size)
 
     if own_run := ranks.from_first(begin):
-        training = _train(own_run, run.folder, data, [], options, ranks)
+        training = _train(own_run, data, [], ranks)
         if ranks.is_first:
             _write_results(own_run, data, training, [], ranks)
     return ranks.from_first(lambda: load_checkpoint(folder / WEIGHTS))
 
 
-def _train(
-    run: Run, whole: Path, data: Data, teachers: list[Checkpoint], options: argparse.Namespace, ranks: Ranks
-) -> Training:
-    """Train, or go on, with a line for each epoch; `whole` is the run that an interrupted one is a part of."""
-    state = ranks.from_first(lambda: run.state(ranks.size))
+def _train(run: Run, data: Data, teachers: list[Checkpoint], ranks: Ranks) -> Training:
+    """Train, or go on, with a line for each epoch."""
+
+    def left() -> State | None:
+        state = run.state(ranks.size)
+        run.mend(state)
+        return state
+
+    state = ranks.from_first(left)
     settings = dataclasses.replace(run.settings, device=ranks.use(run.settings.device))
 
     def progress(steps: Iterable[int], epoch: int) -> Iterable[int]:
@@ -179,12 +194,8 @@ def _train(
         on_epoch(Epoch(**epoch))
     try:
         return train(settings, data, on_epoch, progress, teachers=teachers, state=state, on_state=on_state, ranks=ranks)
-    except KeyboardInterrupt:
-        command = "python" if ranks.size == 1 else "torchrun … as before …"
-        raise Interrupted(
-            f"interrupted; what was learnt up to the last whole epoch is kept. Go on:\n"
-            f"{command} -m trainer --resume {shlex.quote(str(whole))} --data-dir {shlex.quote(str(options.data_dir))}"
-        ) from None
+    except InvalidState as error:
+        raise run.bad_state(str(error)) from error
 
 
 def _write_results(run: Run, data: Data, training: Training, teachers: list[Checkpoint], ranks: Ranks) -> None:
@@ -216,8 +227,8 @@ def _write_results(run: Run, data: Data, training: Training, teachers: list[Chec
     pictures = {"Learning curves": report.draw_curves(training.epochs)}
     pictures |= _pictures(data.name, data.test, logits, temperature, test)
     _write_all(run.folder, f"{settings.architecture} on {data.name}", facts, test, pictures)
-    run.write("metrics.json", json_bytes(report.training_record(training.epochs, test)))
     run.write_events(training.epochs)
+    run.write(FIGURES, json_bytes(report.training_record(training.epochs, test)))  # last: now it is complete
     print(
         f"\nbest epoch     {best.number}, validation accuracy {best.validation_accuracy:.2%}\n"
         f"test accuracy  {report.accuracy_line(test)}\n"

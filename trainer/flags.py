@@ -9,9 +9,9 @@ from typing import Any
 
 from digits.network import ARCHITECTURES
 from trainer.datasets import DATASETS, FOLDER
+from trainer.run import WEIGHTS
 from trainer.settings import DEVICES, RECIPES, InvalidSetting, TrainingSettings, settings_in
 
-WEIGHTS = "mnist_model.pth"
 LAYOUT = "--data-dir has torchvision's layout: DIR/MNIST/raw/*-ubyte, each of the four files plain or with .gz."
 DEFAULTS = TrainingSettings()
 EMBEDDED = [Path("server/weights") / name for name in (WEIGHTS, "mnist_cnn.pth")]

@@ -133,7 +133,7 @@ def test_ctrl_c_keeps_what_was_learnt_and_says_how_to_go_on(tmp_path: Path, writ
     process = start(tmp_path, "--out", "a run", *FLAGS)
     err = stop_after(process, 2, signal.SIGINT)
     assert process.returncode == 130
-    assert err.splitlines()[-1] == f"python -m trainer --resume 'a run' --data-dir {tmp_path}"
+    assert err.splitlines()[-1] == f"python -m trainer --resume 'a run' --data-dir {tmp_path} --no-download"
     assert "Traceback" not in err
     run = Run.go_on(tmp_path / "a run")
     state = run.state()
