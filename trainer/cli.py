@@ -36,25 +36,36 @@ from digits.checkpoint import (
 )
 from trainer import report
 from trainer.augmentation import Augmentation
-from trainer.calibration import coverage, fit_temperature, reliability
+from trainer.calibration import TEMPERATURES, coverage, fit_temperature, reliability
 from trainer.card import model_card, picture_name
-from trainer.data import DIGITS, Data, DataError, LabelledPixels
-from trainer.datasets import load_data
+from trainer.data import DIGITS, Data, DataError, LabelledPixels, split
+from trainer.datasets import DATASETS, load_data
 from trainer.evaluation import Evaluation, evaluation_of, read
 from trainer.flags import (
     card_parser,
+    chosen_settings,
     evaluation_parser,
     given_settings,
     promotion_parser,
     settings_of,
     training_parser,
 )
+from trainer.labels import same_meaning, told
 from trainer.measurement import digit_scores, measure, read_pictures
 from trainer.promotion import NotPromoted, promote
 from trainer.ranks import Ranks, joined
 from trainer.run import FIGURES, WEIGHTS, Run, RunError, environment, json_bytes, make_folder, teacher_paths
 from trainer.settings import RECIPES, InvalidSetting, TrainingSettings
-from trainer.training import Epoch, InvalidState, State, Training, TrainingDiverged, train
+from trainer.training import (
+    SPLIT_SEED,
+    Epoch,
+    InvalidState,
+    State,
+    Training,
+    TrainingDiverged,
+    train,
+    validation_size_for,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,6 +95,12 @@ REFUSED = 0.0085
 """The share of validation digits that look like none: the threshold is to refuse at most 1 % of others."""
 
 
+MOST_THREADS = 1024
+
+SERVED = 0.9
+"""So many of its golden digits a server has a model read; the test accuracy tells nearly whether it will."""
+
+
 class Interrupted(Exception):
     """A training was stopped from the keyboard; the message says how to go on."""
 
@@ -94,12 +111,12 @@ class Interrupted(Exception):
 def _run_training(options: argparse.Namespace) -> None:
     with joined() as ranks:
         # The first alone reads and writes, so that no other machine needs the files or the same folders.
-        begun, settings = ranks.from_first(lambda: _settings(options))
-        _prepare(options.threads, ranks.use(settings.device))
+        begun, settings, threads = ranks.from_first(lambda: _settings(options))
+        _prepare(threads, ranks.use(settings.device))
         ranks.wait()  # until all know that they can
         run, data, teachers = ranks.from_first(lambda: _begin(begun, settings, options, ranks))
         try:
-            if settings.teacher == "cnn":
+            if run.settings.teacher == "cnn":
                 teachers = [_teacher(run, data, ranks)]
             training = _train(run, data, teachers, ranks)
             if ranks.is_first:
@@ -111,10 +128,12 @@ def _run_training(options: argparse.Namespace) -> None:
             ) from None
 
 
-def _settings(options: argparse.Namespace) -> tuple[Run | None, TrainingSettings]:
-    """The run that goes on, if one does, and the settings."""
-    begun = None if options.resume is None else _begun_run(options)
-    return begun, settings_of(options) if begun is None else begun.settings
+def _settings(options: argparse.Namespace) -> tuple[Run | None, TrainingSettings, int]:
+    """The run that goes on, if one does, the settings, and the number of threads."""
+    if options.resume is not None:
+        begun = _begun_run(options)
+        return begun, begun.settings, begun.threads
+    return None, settings_of(options), 1 if options.threads is None else options.threads
 
 
 def _begin(
@@ -123,7 +142,16 @@ def _begin(
     """The run, the data, and the teachers that are there already."""
     data = _load(settings.dataset, options)
     teachers = [load_checkpoint(path) for path in teacher_paths(settings)]
+    for path, teacher in zip(teacher_paths(settings), teachers, strict=True):
+        if not same_meaning(data.labels, teacher.manifest.labels):
+            raise DataError(
+                f"--teacher has the classes of the data set, {told(data.labels)} ({data.name}), "
+                f"and {path} has {told(teacher.manifest.labels)}"
+            )
     if begun is None:
+        if "validation_size" not in chosen_settings(options):
+            settings = dataclasses.replace(settings, validation_size=validation_size_for(len(data.train)))
+        split(data.train, settings.validation_size, SPLIT_SEED)  # raises what the training would
         out = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
         return Run.begin(out, settings, data, ranks.size, teachers), data, teachers  # now, not after the training
     begun.check_data(data)
@@ -235,19 +263,28 @@ def _write_results(run: Run, data: Data, training: Training, teachers: list[Chec
         f"calibration    temperature {temperature:g}, expected calibration error "
         f"{reliability(logits, data.test.labels, temperature).expected_error:.4f}\n"
         f"time           {training.seconds:.0f} s\n"
-        f"written to     {run.folder}: {WEIGHTS}, {manifest_path(WEIGHTS)}, report.html and all that it shows\n\n"
-        f"Serve it:      mnist-grpc-server --weights {shlex.quote(str(weights))}"
+        f"written to     {run.folder}: {WEIGHTS}, {manifest_path(WEIGHTS)}, report.html and all that it shows\n"
     )
+    low, high = TEMPERATURES
+    if not 1.01 * low < temperature < 0.99 * high:
+        print(f"Confidences say little: the temperature is at its limit, for it has to be from {low:g} to {high:g}.")
+    if data.labels == DIGITS and test.accuracy < SERVED:
+        print(f"Perhaps no server takes it: a model has to read {SERVED:.0%} of the server's own test digits.")
+    print(f"Serve it:      mnist-grpc-server --weights {shlex.quote(str(weights))}")
 
 
 def _begun_run(options: argparse.Namespace) -> Run:
     """The run that goes on, if no flag asks for another."""
-    if options.out is not None or options.config is not None or options.recipe != "best":
+    if options.out is not None or options.config is not None or options.recipe is not None:
         raise InvalidSetting("--resume goes on in its own folder with its own settings: no --out, --config or --recipe")
     run = Run.go_on(options.resume)
-    for name, value in given_settings(options).items():
-        if value != (begun := getattr(run.settings, name)):
-            raise InvalidSetting(f"--resume goes on as begun, with --{name.replace('_', '-')} {begun}, not {value}")
+    begun = asdict(run.settings) | {"threads": run.threads}
+    given = given_settings(options) | ({} if options.threads is None else {"threads": options.threads})
+    for name, value in given.items():
+        if value != begun[name]:
+            raise InvalidSetting(
+                f"--resume goes on as begun, with --{name.replace('_', '-')} {begun[name]}, not {value}"
+            )
     return run
 
 
@@ -277,8 +314,13 @@ def _run_evaluation(options: argparse.Namespace) -> None:
     device = options.device or "cpu"
     _prepare(options.threads, device)
     checkpoint = load_checkpoint(options.weights)
-    data = _load(options.dataset, options)
     manifest = checkpoint.manifest
+    data = _load(options.dataset or _dataset_of(manifest), options)
+    if not same_meaning(data.labels, manifest.labels):
+        raise DataError(
+            f"the classes of {options.weights} are {told(manifest.labels)}, and those of {data.name} are "
+            f"{told(data.labels)}; --dataset names the data set that belongs to the weights"
+        )
     logits = read(checkpoint.network.to(device), data.test.pixels, manifest.mean, manifest.std, device)
     result = evaluation_of(logits, data.test.labels)
     error = reliability(logits, data.test.labels, manifest.temperature).expected_error
@@ -300,6 +342,12 @@ def _run_evaluation(options: argparse.Namespace) -> None:
         pictures = _pictures(data.name, data.test, logits, manifest.temperature, result)
         _write_all(options.out, f"{manifest.architecture} on {data.name}", facts, result, pictures)
         write_atomically(options.out / "evaluation.json", json_bytes(record))
+
+
+def _dataset_of(manifest: Manifest) -> str:
+    """The value of --dataset for the data set that the manifest names; mnist where there is none."""
+    names = {name.removesuffix("-digits").replace("-", ""): name for name in DATASETS}
+    return names.get(manifest.dataset.lower(), "mnist")
 
 
 def _run_card(options: argparse.Namespace) -> None:
@@ -379,8 +427,8 @@ def _write_all(folder: Path, title: str, facts: dict[str, Any], result: Evaluati
 
 def _prepare(threads: int, device: str) -> None:
     """Check and set what concerns the machine."""
-    if threads < 1:
-        raise InvalidSetting(f"--threads is 1 or more, not {threads}")
+    if not 1 <= threads <= MOST_THREADS:
+        raise InvalidSetting(f"--threads is from 1 to {MOST_THREADS}, not {threads}")
     torch.set_num_threads(threads)
     try:
         torch.empty(1, device=device)

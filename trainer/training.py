@@ -159,6 +159,11 @@ def train(
         return loop.training()
 
 
+def validation_size_for(images: int) -> int:
+    """How many of so many training images are held back where nobody chose a number."""
+    return min(TrainingSettings.validation_size, max(1, images // 10))
+
+
 class TrainingLoop:
     """A training between its epochs."""
 

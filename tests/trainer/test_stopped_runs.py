@@ -201,3 +201,25 @@ def test_a_teacher_by_path_is_checked(run: Path, whole: Path, tmp_path: Path, re
     status, said = resume(at=taught)
     assert status == 1
     assert f"was begun with another teacher in {teacher}: SHA-256 {sha256[:12]}…, not " in said
+
+
+def test_the_number_of_threads_is_the_runs_own(
+    run: Path, resume: Resume, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads((run / "run.json").read_text())
+    assert record["threads"] == 1
+    (run / "run.json").write_text(json.dumps(record | {"threads": 2}))
+    used: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    assert resume()[0] == resume("--threads", "2")[0] == 0
+    assert used == [2, 2]
+    with pytest.raises(SystemExit):
+        resume("--threads", "1")
+    assert "--resume goes on as begun, with --threads 2, not 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["best", "origin"])
+def test_a_recipe_is_refused_whatever_it_was(run: Path, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--resume", str(run), "--recipe", recipe])
+    assert "no --out, --config or --recipe" in capsys.readouterr().err
