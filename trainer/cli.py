@@ -32,16 +32,16 @@ from digits.checkpoint import (
     load_checkpoint,
     manifest_path,
     save_checkpoint,
-    write_atomically,
 )
 from trainer import report
 from trainer.augmentation import Augmentation
 from trainer.calibration import TEMPERATURES, coverage, fit_temperature, reliability
-from trainer.card import model_card, picture_name
+from trainer.card import model_card, model_names, picture_name
 from trainer.data import DIGITS, Data, DataError, LabelledPixels, split
 from trainer.datasets import DATASETS, load_data
 from trainer.evaluation import Evaluation, evaluation_of, read
 from trainer.flags import (
+    EMBEDDED,
     card_parser,
     chosen_settings,
     evaluation_parser,
@@ -54,7 +54,18 @@ from trainer.labels import same_meaning, told
 from trainer.measurement import digit_scores, measure, read_pictures
 from trainer.promotion import NotPromoted, promote
 from trainer.ranks import Ranks, joined
-from trainer.run import FIGURES, WEIGHTS, Run, RunError, environment, json_bytes, make_folder, teacher_paths
+from trainer.run import (
+    FIGURES,
+    WEIGHTS,
+    Run,
+    RunError,
+    environment,
+    json_bytes,
+    make_folder,
+    naming,
+    teacher_paths,
+    write_file,
+)
 from trainer.settings import RECIPES, InvalidSetting, TrainingSettings
 from trainer.training import (
     SPLIT_SEED,
@@ -244,7 +255,8 @@ def _write_results(run: Run, data: Data, training: Training, teachers: list[Chec
         training=_provenance(settings, training, test, teachers, ranks),
     )
     weights = run.folder / WEIGHTS
-    sha256 = save_checkpoint(weights, training.network, manifest)
+    with naming(weights):
+        sha256 = save_checkpoint(weights, training.network, manifest)
     best = training.best
     facts = {
         "Test accuracy": report.accuracy_line(test),
@@ -341,7 +353,7 @@ def _run_evaluation(options: argparse.Namespace) -> None:
         }
         pictures = _pictures(data.name, data.test, logits, manifest.temperature, result)
         _write_all(options.out, f"{manifest.architecture} on {data.name}", facts, result, pictures)
-        write_atomically(options.out / "evaluation.json", json_bytes(record))
+        write_file(options.out / "evaluation.json", json_bytes(record))
 
 
 def _dataset_of(manifest: Manifest) -> str:
@@ -352,27 +364,40 @@ def _dataset_of(manifest: Manifest) -> str:
 
 def _run_card(options: argparse.Namespace) -> None:
     _prepare(options.threads, "cpu")
+    if options.weights is EMBEDDED and not all(path.is_file() for path in EMBEDDED):
+        raise InvalidSetting(
+            f"--weights names the files to measure; those of the server are not in {EMBEDDED[0].parent}"
+        )
     checkpoints = [load_checkpoint(path) for path in options.weights]
+    names = model_names(checkpoints)
     test = _load("mnist", options).test
     pictures = read_pictures(options.pictures) if options.pictures else None
     others = {name: _load(name, options).test.pixels for name in options.others}
     measured = []
-    for checkpoint in checkpoints:
-        what = checkpoint.manifest.architecture
+    for what, checkpoint in zip(names, checkpoints, strict=True):
 
         def progress(kinds: Iterable[str], count: int, what: str = what) -> Iterable[str]:
             return tqdm(kinds, total=count, desc=what, unit=" kinds", leave=False, disable=None)
 
         measured.append(measure(checkpoint, test, pictures, others, progress))
     seeds = [json.loads((run / "metrics.json").read_text())["test"]["accuracy"] for run in options.seeds]
-    command = "python -m trainer card" + " --pictures DIR" * bool(pictures) + " --seeds RUN…" * bool(seeds)
-    write_atomically(options.out / "model-card.md", model_card(measured, seeds, command).encode())
-    for model in measured:
-        name = model.checkpoint.manifest.architecture
+    write_file(options.out / "model-card.md", model_card(measured, seeds, _card_command(options)).encode())
+    for name, model in zip(names, measured, strict=True):
         logits = model.logits / model.checkpoint.manifest.temperature
         picture = report.draw_mistakes(test.pixels, test.labels, logits, f"{name}, MNIST test", most=len(test))
-        write_atomically(options.out / "pictures" / picture_name(name), picture)
+        write_file(options.out / "pictures" / picture_name(name), picture)
     print(f"written: {options.out / 'model-card.md'}")
+
+
+def _card_command(options: argparse.Namespace) -> str:
+    """By which the card is made again; without paths, which are the machine's own."""
+    flags = {
+        "--weights": [] if options.weights is EMBEDDED else [path.name for path in options.weights],
+        "--pictures": ["DIR"] if options.pictures else [],
+        "--others": options.others,
+        "--seeds": ["RUN…"] if options.seeds else [],
+    }
+    return " ".join(["python -m trainer card", *(" ".join([flag, *given]) for flag, given in flags.items() if given)])
 
 
 def _run_promotion(options: argparse.Namespace) -> None:
@@ -421,8 +446,8 @@ def _pictures(
 def _write_all(folder: Path, title: str, facts: dict[str, Any], result: Evaluation, pictures: dict[str, bytes]) -> None:
     """Each picture as a file of its own, and the report that holds them all."""
     for name, content in pictures.items():
-        write_atomically(folder / f"{name.split()[-1].lower()}.png", content)
-    write_atomically(folder / "report.html", report.html_report(title, facts, report.class_table(result), pictures))
+        write_file(folder / f"{name.split()[-1].lower()}.png", content)
+    write_file(folder / "report.html", report.html_report(title, facts, report.class_table(result), pictures))
 
 
 def _prepare(threads: int, device: str) -> None:

@@ -15,8 +15,8 @@ from trainer.settings import DEVICES, RECIPES, InvalidSetting, TrainingSettings,
 LAYOUT = "--data-dir has torchvision's layout: DIR/MNIST/raw/*-ubyte, each of the four files plain or with .gz."
 DEFAULTS = TrainingSettings()
 DEFAULT_NOTES = {"validation_size": ", or a tenth of them if that is less"}
-EMBEDDED = [Path("server/weights") / name for name in (WEIGHTS, "mnist_cnn.pth")]
-"""In a checkout."""
+EMBEDDED = [Path(__file__).parents[1] / "server" / "weights" / name for name in (WEIGHTS, "mnist_cnn.pth")]
+"""The server's package lies beside this one, in a checkout as where both are installed."""
 
 
 def training_parser() -> argparse.ArgumentParser:
@@ -28,12 +28,12 @@ def training_parser() -> argparse.ArgumentParser:
         "       python -m trainer promote RUN [--to PATH]",
         description="Train weights for the server on MNIST. The epoch with the lowest validation loss is kept, "
         f"measured once on the test images, and written to --out: {WEIGHTS}, its manifest, metrics, pictures and "
-        "report.html, which holds all. With the defaults that takes about ten minutes.",
+        "report.html, which holds all. With the defaults that takes about an hour on one core.",
         epilog=f"{LAYOUT} On the CPU, the same seed gives the same weights, bit for bit, on the same machine with as "
         "many threads, also where the training was stopped and went on by --resume. Flags beat --config, which beats "
         "--recipe. Several processes, on one machine or more, train together by torchrun --nproc-per-node=N -m trainer "
         "[flags]; --batch-size is that of all. Other commands: python -m trainer evaluate --help, python -m trainer "
-        "promote --help.",
+        "card --help, python -m trainer promote --help.",
     )
     _add_common(parser, "where to write the weights and all about them (default: runs/DATE-TIME)")
     parser.set_defaults(threads=None)  # none given: a run that goes on takes its own
@@ -130,13 +130,13 @@ def training_parser() -> argparse.ArgumentParser:
 def evaluation_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m trainer evaluate",
-        description="Measure weights on the MNIST test images: the accuracy, and a table by digit.",
+        description="Measure weights on the test images of a data set: the accuracy, and a table by class.",
         epilog=f"{LAYOUT} Nothing is written but with --out.",
     )
     parser.add_argument("--weights", type=_path, required=True, metavar="PATH", help="a .pth file (required)")
     parser.add_argument("--json", action="store_true", help="print one line of JSON, for programs")
     _add_dataset(parser, "the one that the weights' manifest names, if it is one of these, else mnist", default=None)
-    _add_common(parser, "also write evaluation.json and confusion.png to this folder")
+    _add_common(parser, "also write evaluation.json, report.html and its pictures to this folder")
     return parser
 
 
@@ -148,7 +148,7 @@ def card_parser() -> argparse.ArgumentParser:
         epilog=LAYOUT,
     )
     parser.add_argument(
-        "--weights", type=_path, nargs="+", metavar="PATH", default=EMBEDDED, help="(default: the embedded ones)"
+        "--weights", type=_path, nargs="+", metavar="PATH", default=EMBEDDED, help="(default: those of the server)"
     )
     parser.add_argument("--pictures", type=_path, metavar="DIR", help="pictures of digits; DIR/manifest.csv lists them")
     parser.add_argument(
@@ -172,7 +172,7 @@ def promotion_parser() -> argparse.ArgumentParser:
         prog="python -m trainer promote",
         description="Put a run's weights and manifest in the place of those that are served, if they read the test "
         "images no worse. A running server takes them up without losing a call.",
-        epilog="Test accuracies are compared as the manifests give them.",
+        epilog="Labels and test accuracies are compared as the manifests give them; without one, the labels are the digits.",
     )
     parser.add_argument("run", type=_path, metavar="RUN", help="the folder of a run, or a .pth file")
     parser.add_argument("--to", type=_path, required=True, metavar="PATH", help="the .pth file that the server loads")
@@ -183,7 +183,7 @@ def promotion_parser() -> argparse.ArgumentParser:
         default=0.0,
         help="how much lower the test accuracy may be, 0 to 1: 0.001 is a tenth of a percent (default: 0)",
     )
-    parser.add_argument("--force", action="store_true", help="whatever the accuracies are")
+    parser.add_argument("--force", action="store_true", help="whatever the accuracies and labels are")
     return parser
 
 

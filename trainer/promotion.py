@@ -10,10 +10,10 @@ from digits.checkpoint import (
     manifest_bytes,
     manifest_path,
     parse_checkpoint,
-    write_atomically,
 )
 from digits.snapshot import take_snapshot
 from trainer.labels import told
+from trainer.run import write_file
 from trainer.settings import InvalidSetting
 
 NO_ACCURACY = "its manifest gives no test accuracy"
@@ -36,6 +36,7 @@ def promote(new: Path, to: Path, tolerance: float = 0.0, force: bool = False) ->
     Raises:
         InvalidCheckpoint: the new weights, or those in place, do not load.
         InvalidSetting: the tolerance is none, or `to` is a manifest's path.
+        OSError: a file cannot be written; the error names it.
         NotPromoted: the new ones read fewer of the test images, or mean other
             things by their classes, or were measured on other data.
     """
@@ -51,8 +52,8 @@ def promote(new: Path, to: Path, tolerance: float = 0.0, force: bool = False) ->
         _check(candidate, in_place, tolerance)
     elif candidate.manifest.test_accuracy is None and not force:
         raise NotPromoted(f"{new}: {NO_ACCURACY}; --force promotes it nevertheless")
-    write_atomically(to, snapshot.weights)
-    write_atomically(manifest_path(to), manifest_bytes(candidate.manifest, candidate.sha256))
+    write_file(to, snapshot.weights)
+    write_file(manifest_path(to), manifest_bytes(candidate.manifest, candidate.sha256))
     return candidate, in_place
 
 

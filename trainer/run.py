@@ -13,8 +13,10 @@ import os
 import platform
 import re
 import subprocess
+import tempfile
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
@@ -212,18 +214,42 @@ class Run:
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file of the run."""
-        write_atomically(self.folder / name, content)
+        write_file(self.folder / name, content)
 
     def write_events(self, epochs: Iterable[Epoch]) -> None:
         """Write the epochs as TensorBoard shows them."""
         from torch.utils.tensorboard import SummaryWriter
 
+        with tempfile.TemporaryDirectory() as made:
+            with SummaryWriter(made) as writer:
+                for epoch in epochs:
+                    for name in ("train_loss", "validation_loss", "validation_accuracy", "learning_rate"):
+                        writer.add_scalar(name, getattr(epoch, name), epoch.number)
+            new = {file.name: file.read_bytes() for file in Path(made).iterdir()}
+        for name, content in new.items():
+            self.write(name, content)
         for old in self.folder.glob("events.out.tfevents.*"):
-            old.unlink()
-        with SummaryWriter(str(self.folder)) as writer:
-            for epoch in epochs:
-                for name in ("train_loss", "validation_loss", "validation_accuracy", "learning_rate"):
-                    writer.add_scalar(name, getattr(epoch, name), epoch.number)
+            if old.name not in new:
+                old.unlink()
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within it, an error of the system names this file, also where a write fails, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file as a whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; the error names it.
+    """
+    with naming(path):
+        write_atomically(path, content)
 
 
 def teacher_paths(settings: TrainingSettings) -> list[str]:

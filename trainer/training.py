@@ -399,10 +399,10 @@ def _average(averaged: nn.Module, network: nn.Module, keep: float) -> None:
 
 def _finite(loss: float, where: str, settings: TrainingSettings) -> float:
     if not math.isfinite(loss):
-        raise TrainingDiverged(
-            f"the loss is {loss} in {where}: training has come apart; "
-            f"try a smaller --learning-rate than {settings.learning_rate:g}"
-        )
+        advice = f"smaller --learning-rate ({settings.learning_rate:g}) or --weight-decay ({settings.weight_decay:g})"
+        if settings.teacher != "none":
+            advice += f", or a greater --softness ({settings.softness:g})"
+        raise TrainingDiverged(f"the loss is {loss} in {where}: training has come apart; try a {advice}")
     return loss
 
 

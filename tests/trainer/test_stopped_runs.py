@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -223,3 +226,32 @@ def test_a_recipe_is_refused_whatever_it_was(run: Path, recipe: str, capsys: pyt
     with pytest.raises(SystemExit):
         main(["--resume", str(run), "--recipe", recipe])
     assert "no --out, --config or --recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mnist_model.pth", "curves.png", "events.out.tfevents.*", "metrics.json"])
+def test_a_full_disk_is_told_with_the_file_that_found_it_full(
+    run: Path, whole: Path, resume: Resume, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    write = os.replace
+
+    def replace(source: str, target: Path) -> None:
+        if target.match(name):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        status, said = resume()
+    assert status == 1
+    assert re.search(rf"error: .*No space left on device: '{re.escape(str(run))}/{name.replace('*', '.*')}'", said)
+    assert [*run.glob("events.out.tfevents.*")], "the old ones stay until the new ones are there"
+    assert resume()[0] == 0
+    assert same_weights(run, whole)
+    assert len([*run.glob("events.out.tfevents.*")]) == 1
+
+
+def test_a_temperature_at_its_limit_is_told(resume: Resume, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "Confidences say little: the temperature is at its limit, for it has to be from 0.1 to 10."
+    for temperature, is_told in ((9.9995, True), (0.1, True), (1.0, False)):
+        monkeypatch.setattr(cli, "fit_temperature", lambda *_, at=temperature: at)
+        assert (line in resume()[1]) is is_told

@@ -348,6 +348,28 @@ def test_help_is_the_manual(arguments: list[str], capsys: pytest.CaptureFixture[
     assert "(default: data)" in manual
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--help"], "With the defaults that takes about an hour on one core."),
+        (
+            ["--help"],
+            "python -m trainer evaluate --help, python -m trainer card --help, python -m trainer promote --help",
+        ),
+        (["evaluate", "--help"], "Measure weights on the test images of a data set"),
+        (["evaluate", "--help"], "write evaluation.json, report.html and its pictures to this folder"),
+        (
+            ["evaluate", "--help"],
+            "(default: the one that the weights' manifest names, if it is one of these, else mnist)",
+        ),
+    ],
+)
+def test_the_manual_tells_what_is_so(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert told in " ".join(capsys.readouterr().out.split())
+
+
 def test_importing_every_module_prints_nothing_and_starts_nothing() -> None:
     modules = "trainer.cli, trainer.report"
     code = f"import {modules}, threading, sys; print(threading.active_count(), 'torchvision' in sys.modules)"
