@@ -172,7 +172,7 @@ def promotion_parser() -> argparse.ArgumentParser:
         prog="python -m trainer promote",
         description="Put a run's weights and manifest in the place of those that are served, if they read the test "
         "images no worse. A running server takes them up without losing a call.",
-        epilog="Labels and test accuracies are compared as the manifests give them; without one, the labels are the digits.",
+        epilog="Labels and test accuracies are compared as the manifests give them; weights without one read digits.",
     )
     parser.add_argument("run", type=_path, metavar="RUN", help="the folder of a run, or a .pth file")
     parser.add_argument("--to", type=_path, required=True, metavar="PATH", help="the .pth file that the server loads")
