@@ -37,7 +37,7 @@ from trainer import report
 from trainer.augmentation import Augmentation
 from trainer.calibration import TEMPERATURES, coverage, fit_temperature, reliability
 from trainer.card import model_card, model_names, picture_name
-from trainer.data import DIGITS, Data, DataError, LabelledPixels, split
+from trainer.data import DIGITS, Data, DataError, split
 from trainer.datasets import DATASETS, load_data
 from trainer.evaluation import Evaluation, evaluation_of, read
 from trainer.flags import (
@@ -265,8 +265,9 @@ def _write_results(run: Run, data: Data, training: Training, teachers: list[Chec
         "Weights": f"{WEIGHTS}, SHA-256 {sha256}",
     } | {name.replace("_", " ").capitalize(): value for name, value in asdict(settings).items()}
     pictures = {"Learning curves": report.draw_curves(training.epochs)}
-    pictures |= _pictures(data.name, data.test, logits, temperature, test)
-    _write_all(run.folder, f"{settings.architecture} on {data.name}", facts, test, pictures)
+    pictures |= _pictures(data, logits, temperature, test)
+    table = report.class_table(test, data.labels)
+    _write_all(run.folder, f"{settings.architecture} on {data.name}", facts, table, pictures)
     run.write_events(training.epochs)
     run.write(FIGURES, json_bytes(report.training_record(training.epochs, test)))  # last: now it is complete
     print(
@@ -343,7 +344,7 @@ def _run_evaluation(options: argparse.Namespace) -> None:
     else:
         print(f"{data.name} test accuracy of {options.weights} ({manifest.architecture}, {checkpoint.version}):")
         print(f"{report.accuracy_line(result)}, loss {result.loss:.4f}")
-        print(f"expected calibration error {error:.4f}\n\n{report.class_table(result)}")
+        print(f"expected calibration error {error:.4f}\n\n{report.class_table(result, data.labels)}")
     if options.out:
         make_folder(options.out)
         facts = {
@@ -351,8 +352,9 @@ def _run_evaluation(options: argparse.Namespace) -> None:
             "Expected calibration error": f"{error:.4f}",
             "Weights": f"{options.weights}, version {checkpoint.version}",
         }
-        pictures = _pictures(data.name, data.test, logits, manifest.temperature, result)
-        _write_all(options.out, f"{manifest.architecture} on {data.name}", facts, result, pictures)
+        pictures = _pictures(data, logits, manifest.temperature, result)
+        table = report.class_table(result, data.labels)
+        _write_all(options.out, f"{manifest.architecture} on {data.name}", facts, table, pictures)
         write_file(options.out / "evaluation.json", json_bytes(record))
 
 
@@ -429,25 +431,24 @@ def _load(dataset: str, options: argparse.Namespace) -> Data:
     )
 
 
-def _pictures(
-    name: str, test: LabelledPixels, logits: Tensor, temperature: float, result: Evaluation
-) -> dict[str, bytes]:
+def _pictures(data: Data, logits: Tensor, temperature: float, result: Evaluation) -> dict[str, bytes]:
     """What there is to see of test images that were read, by its title."""
+    test = data.test
     logits = logits / temperature
-    title = f"{name} test"
+    title = f"{data.name} test"
     return {
-        "Confusion": report.draw_confusion(result, title),
-        "Mistakes": report.draw_mistakes(test.pixels, test.labels, logits, title),
+        "Confusion": report.draw_confusion(result, title, data.labels),
+        "Mistakes": report.draw_mistakes(test.pixels, test.labels, logits, title, labels=data.labels),
         "Calibration": report.draw_calibration(reliability(logits, test.labels), title),
         "Coverage": report.draw_coverage(*coverage(logits, test.labels), title),
     }
 
 
-def _write_all(folder: Path, title: str, facts: dict[str, Any], result: Evaluation, pictures: dict[str, bytes]) -> None:
+def _write_all(folder: Path, title: str, facts: dict[str, Any], table: str, pictures: dict[str, bytes]) -> None:
     """Each picture as a file of its own, and the report that holds them all."""
     for name, content in pictures.items():
         write_file(folder / f"{name.split()[-1].lower()}.png", content)
-    write_file(folder / "report.html", report.html_report(title, facts, report.class_table(result), pictures))
+    write_file(folder / "report.html", report.html_report(title, facts, table, pictures))
 
 
 def _prepare(threads: int, device: str) -> None:
