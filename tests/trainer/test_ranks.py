@@ -22,6 +22,8 @@ from trainer.ranks import Ranks
 from trainer.settings import InvalidSetting, TrainingSettings
 from trainer.training import train
 
+pytestmark = pytest.mark.timeout(300)  # starts of several processes, which all tests but the first find done
+
 ROOT = Path(__file__).parents[2]
 
 EXACT = TrainingSettings(
@@ -72,10 +74,12 @@ with joined() as ranks:
     }, f"{folder}/{ranks.number}.pt")
 
     cli.joined = lambda: contextlib.nullcontext(ranks)  # one start for all that these processes do
-    if status := cli.main(["--out", "run", *FLAGS]):
-        sys.exit(status)
+    for arguments in (["--out", "run", *FLAGS], ["--resume", "stopped"]):
+        if status := cli.main(arguments):
+            sys.exit(status)
 """
-"""What two processes do that are not disturbed: trainings by the function, then one by the command."""
+"""What two processes do that are not disturbed: trainings by the function, then by the command one that is whole and
+one that had been stopped."""
 
 ONE_FAILS = """
 from trainer.data import DataError
@@ -120,8 +124,8 @@ def few(digits_data: Data) -> Data:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, few: Data) -> Path:
-    """What `TOGETHER` makes; the command's run is that of a pupil whose teacher is trained first, of pictures."""
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of a pupil whose teacher is trained first, of pictures, stopped by Ctrl-C; and what was said then."""
     folder = tmp_path_factory.mktemp("together")
     for number in range(80):
         path = folder / "pictures" / str(number % 10) / f"{number}.png"
@@ -129,10 +133,24 @@ def whole(tmp_path_factory: pytest.TempPathFactory, few: Data) -> Path:
         picture = Image.new("L", (28, 28))
         picture.paste(200 + number // 2, (8, 4, 11 + number % 10, 24))
         picture.save(path)
+    process = start("-m", "trainer", "--out", "stopped", *FLAGS, folder=folder)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if " 1/2 " in line:
+            break
+    process.send_signal(signal.SIGINT)
+    return folder / "stopped", finished(process)[2]
+
+
+@pytest.fixture(scope="module")
+def whole(stopped: tuple[Path, str], few: Data) -> Path:
+    """What `TOGETHER` makes: a run as the one that was stopped, and the end of that one."""
+    folder = stopped[0].parent
     (folder / "together.py").write_text(TOGETHER)
     torch.save(few, folder / "data.pt")
     status, out, err = torchrun("together.py", folder, folder=folder)
     assert status == 0, err
+    out = out[: out.index("--weights run/mnist_model.pth")]
     assert out.count(" 1/2 ") == out.count(" 2/2 ") == out.count("test accuracy") == 2, "the teacher's and the pupil's"
     return folder / "run"
 
@@ -158,29 +176,19 @@ def test_the_command_trains_teacher_and_pupil_in_two_processes_of_which_one_tell
     assert json.loads((whole / "run.json").read_text())["processes"] == 2
 
 
-@pytest.mark.timeout(300)
 def test_two_processes_go_on_after_ctrl_c_and_no_other_number_does(
-    whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    stopped: tuple[Path, str], whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = start("-m", "trainer", "--out", "stopped", *FLAGS, folder=whole.parent)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if " 1/2 " in line:
-            break
-    process.send_signal(signal.SIGINT)
-    _, _, err = finished(process)
+    run, err = stopped
     assert err.count("interrupted; what was learnt up to the last whole epoch is kept") == 1, err
     assert "-m trainer --resume stopped --data-dir data" in err
+    for name in ("teacher/mnist_model.pth", "mnist_model.pth"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
 
-    monkeypatch.chdir(whole.parent)
+    monkeypatch.chdir(run.parent)
     assert main(["--resume", "stopped"]) == 1
     message = "is a run of 2 processes that train together; it goes on with as many, not with 1"
     assert message in capsys.readouterr().err
-
-    status, _, err = torchrun("-m", "trainer", "--resume", "stopped", folder=whole.parent)
-    assert status == 0, err
-    for name in ("teacher/mnist_model.pth", "mnist_model.pth"):
-        assert (whole.parent / "stopped" / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_an_error_of_the_first_ends_all_and_is_told_once(tmp_path: Path) -> None:
