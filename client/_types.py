@@ -73,7 +73,8 @@ class Prediction:
         return self.labels[self.digit]
 
     def __repr__(self) -> str:
-        return f"Prediction(digit={self.digit}, confidence={self.confidence:.4f})"
+        label = "" if self.label in ("", str(self.digit)) else f"label={self.label!r}, "
+        return f"Prediction(digit={self.digit}, {label}confidence={self.confidence:.4f})"
 
 
 PredictionDraft: Any = make_dataclass("PredictionDraft", [field.name for field in fields(Prediction)], slots=True)

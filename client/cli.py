@@ -107,8 +107,8 @@ def _explain(client: Client, options: argparse.Namespace, image: str | bytes) ->
 
 
 def _line(name: str, width: int, prediction: Prediction, top: int) -> str:
-    order = prediction.probabilities.argsort()[::-1][:top]
     labels = prediction.labels
+    order = [digit for digit in prediction.probabilities.argsort()[::-1] if labels[digit]][:top]  # others are no class
     longest = max(map(len, labels))
     answers = "   ".join(f"{labels[digit]:<{longest}}  {prediction.probabilities[digit]:6.1%}" for digit in order)
     return f"{name:<{width}}  {answers}" + ("   looks like no digit" if prediction.is_digit is False else "")

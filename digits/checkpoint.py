@@ -39,6 +39,7 @@ __all__ = [
     "Checkpoint",
     "InvalidCheckpoint",
     "Manifest",
+    "is_label",
     "load_checkpoint",
     "manifest_bytes",
     "manifest_path",
@@ -46,6 +47,13 @@ __all__ = [
     "save_checkpoint",
     "write_atomically",
 ]
+
+
+MAX_LABEL = 100
+"""Characters in the name of a class, or of a data set."""
+
+SHOWN = 200
+"""Characters of a wrong value that a message repeats."""
 
 
 @dataclass(frozen=True)
@@ -65,20 +73,20 @@ class Manifest:
     """`probabilities = softmax(logits / temperature)`; from 1e-6 to 1e6."""
 
     digit_threshold: float | None = None
-    """A picture whose digit score is lower looks like no digit; None: the model does not say.
+    """A picture whose digit score is lower looks like no digit, within float32; None: the model does not say.
 
     The digit score is `logsumexp(logits / temperature)`, the energy score of W.
     Liu et al., "Energy-based Out-of-distribution Detection", NeurIPS 2020.
     """
 
     labels: tuple[str, ...] = tuple(str(digit) for digit in range(CLASSES))
-    """The meaning of each of the ten classes."""
+    """The meaning of each of the ten classes, by the rule of `is_label`; empty where there is no such class."""
 
     sha256: str = ""
     """Of the weights file, 64 hexadecimal digits; checked when set."""
 
     dataset: str = ""
-    """The data set of the training, for example `MNIST`."""
+    """The data set of the training, for example `MNIST`; by the rule of `is_label`, or empty."""
 
     test_accuracy: float | None = None
     """On the data set's test part, 0 to 1."""
@@ -170,6 +178,14 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
+def is_label(text: str) -> bool:
+    """Whether a text can name a class: 1 to 100 printable characters, so no control characters or lone surrogates.
+
+    Others cannot be sent in a message, or break the lines in which they are shown.
+    """
+    return 1 <= len(text) <= MAX_LABEL and text.isprintable()
+
+
 def _read_manifest(path: Path, content: bytes) -> Manifest:
     try:
         values = json.loads(content.decode("utf-8"))
@@ -182,7 +198,9 @@ def _read_manifest(path: Path, content: bytes) -> Manifest:
 
     def require(key: str, rule: str, holds: bool) -> None:
         if key in values and not holds:
-            raise InvalidCheckpoint(f"{path}: {key} is {rule}, not {values[key]!r}")
+            shown = repr(values[key])
+            shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
+            raise InvalidCheckpoint(f"{path}: {key} is {rule}, not {shown}")
 
     def number(key: str) -> float:
         value = values.get(key)
@@ -204,15 +222,28 @@ def _read_manifest(path: Path, content: bytes) -> Manifest:
     require("temperature", "a number from 1e-6 to 1e6", 1e-6 <= number("temperature") <= 1e6)
     threshold = values.get("digit_threshold")
     require(
-        "digit_threshold", "a finite number, or null", threshold is None or not math.isnan(number("digit_threshold"))
+        "digit_threshold",
+        "a finite number that float32 can hold, or null",
+        threshold is None or abs(number("digit_threshold")) <= torch.finfo(torch.float32).max,
     )
     require(
         "labels",
         f"a list of {CLASSES} texts",
         isinstance(labels, list) and len(labels) == CLASSES and all(isinstance(label, str) for label in labels),
     )
+    for label in labels if isinstance(labels, list) else []:
+        if label and not is_label(label):
+            raise InvalidCheckpoint(
+                f"{path}: each of the labels is empty or a text of 1 to {MAX_LABEL} printable characters, "
+                f"not one of {len(label)} that begins with {label[:20]!r}"
+            )
     require("sha256", "a text", isinstance(values.get("sha256"), str))
-    require("dataset", "a text", isinstance(values.get("dataset"), str))
+    dataset = values.get("dataset")
+    require(
+        "dataset",
+        f"a text of at most {MAX_LABEL} printable characters",
+        isinstance(dataset, str) and (not dataset or is_label(dataset)),
+    )
     accuracy = values.get("test_accuracy")
     require("test_accuracy", "from 0 to 1, or null", accuracy is None or 0 <= number("test_accuracy") <= 1)
     require("training", "an object", isinstance(values.get("training"), dict))

@@ -27,6 +27,8 @@ GOLDEN_NEEDED = 0.9
 Not 1: weights made elsewhere may differ from ours on a digit or two.
 """
 
+REFUSED_AT_MOST = 0.5
+"""The share of golden digits that may score below the model's own threshold."""
 
 DIGITS = Manifest().labels
 """What the classes mean where nothing else is said."""
@@ -208,7 +210,7 @@ def load_classifier(
     Raises:
         UnfitModel: the weights cannot be loaded, the device does not exist, the
             manifest gives a lower test accuracy than `min_accuracy` or none, or
-            the model reads too few golden digits.
+            the model reads too few golden digits, or takes them for none.
     """
     torch.set_num_threads(1)
     try:
@@ -232,7 +234,7 @@ def load_classifier(
 
 
 def check_golden(classifier: Classifier, name: str) -> None:
-    """Raise UnfitModel unless the model reads the golden digits, or gives numbers at all, if it tells other things."""
+    """Raise UnfitModel unless the model reads the golden digits as digits, or tells other things and gives numbers."""
     pixels, labels = golden_digits()
     with np.errstate(all="ignore"):  # what is not finite is told below
         scores = classifier.predict(pixels)
@@ -247,3 +249,11 @@ def check_golden(classifier: Classifier, name: str) -> None:
             f"{name}: a model reads at least {GOLDEN_NEEDED:.0%} of the {len(labels)} golden digits, "
             f"this one reads {right}"
         )
+    if scores.digit_threshold is not None:
+        refused = int((scores.digit_scores < scores.digit_threshold).sum())
+        if refused > REFUSED_AT_MOST * len(labels):
+            raise UnfitModel(
+                f"{name}: a model takes at most {REFUSED_AT_MOST:.0%} of the {len(labels)} golden digits for no digit, "
+                f"this one takes {refused}: the digit_threshold of {scores.digit_threshold:g} in its manifest is too "
+                f"high, their scores are {scores.digit_scores.min():.3g} to {scores.digit_scores.max():.3g}"
+            )

@@ -27,7 +27,12 @@ ELASTIC_KNOTS = 5
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How far images are deformed; every amount is drawn evenly from -x to +x."""
+    """How far images are deformed at most.
+
+    Every amount is drawn evenly from -x to +x and then taken down by a factor
+    from `least` to 1, which an image has for its shape, and another one for its
+    move: most images stay near to what people write, and the limits are seen too.
+    """
 
     rotation_degrees: float = 14.0
     """Turn about the middle."""
@@ -38,11 +43,14 @@ class Augmentation:
     shear: float = 0.2
     """Slant: columns moved by x pixels a row."""
 
-    shift_pixels: float = 1.0
+    shift_pixels: float = 2.0
     """Move along each axis."""
 
     elastic_pixels: float = 1.5
     """Move of each of the bend's 5x5 points along each axis."""
+
+    least: float = 0.0
+    """The lowest factor; 1 takes nothing down."""
 
     pen: float = 0.5
     """Share of the images, 0 to 1, whose strokes are made thinner or thicker and whose greys darker or lighter."""
@@ -56,9 +64,10 @@ def augment(pixels: Tensor, amounts: Augmentation | None = None) -> Tensor:
     amounts = amounts or Augmentation()
     count = len(pixels)
     images = pixels.reshape(count, 1, SIDE, SIDE).float()
-    grid = _affine_grids(count, amounts)  # (n, 2, 28, 28)
+    strength = amounts.least + (1 - amounts.least) * torch.rand(count, 2)
+    grid = _affine_grids(strength, amounts)  # (n, 2, 28, 28)
     if amounts.elastic_pixels:
-        grid = grid + _bends(count, amounts)
+        grid = grid + _bends(strength[:, 0], amounts)
     grid = grid.permute(0, 2, 3, 1)  # (n, 28, 28, 2)
     deformed = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     if amounts.pen:
@@ -89,13 +98,18 @@ def _brightest_neighbour(images: Tensor) -> Tensor:
     return torch.maximum(images, torch.maximum(beside, above))
 
 
-def _affine_grids(count: int, amounts: Augmentation) -> Tensor:
-    """Where in the image each pixel of the result lies, x and y from -1 to 1: `float32[n, 2, 28, 28]`."""
-    angle = _evenly(count) * math.radians(amounts.rotation_degrees)
-    scale_x = 1 + _evenly(count) * amounts.scale
-    scale_y = 1 + _evenly(count) * amounts.scale
-    shear = _evenly(count) * amounts.shear
-    shift = _evenly(count, 2) * (amounts.shift_pixels * 2 / SIDE)
+def _affine_grids(strength: Tensor, amounts: Augmentation) -> Tensor:
+    """Where in the image each pixel of the result lies, x and y from -1 to 1: `float32[n, 2, 28, 28]`.
+
+    `strength` is of each image's shape and of its move, `float32[n, 2]`.
+    """
+    count = len(strength)
+    shape, move = strength.T
+    angle = _evenly(count) * shape * math.radians(amounts.rotation_degrees)
+    scale_x = 1 + _evenly(count) * shape * amounts.scale
+    scale_y = 1 + _evenly(count) * shape * amounts.scale
+    shear = _evenly(count) * shape * amounts.shear
+    shift = _evenly(count, 2) * move[:, None] * (amounts.shift_pixels * 2 / SIDE)
     cos, sin = torch.cos(angle), torch.sin(angle)
     x_row = torch.stack([cos / scale_x, (shear * cos - sin) / scale_x, shift[:, 0]], dim=1)
     y_row = torch.stack([sin / scale_y, (shear * sin + cos) / scale_y, shift[:, 1]], dim=1)
@@ -107,9 +121,11 @@ def _affine_grids(count: int, amounts: Augmentation) -> Tensor:
     return (maps.reshape(count * 2, 3) @ places).reshape(count, 2, SIDE, SIDE)
 
 
-def _bends(count: int, amounts: Augmentation) -> Tensor:
-    """Smooth displacements in the same coordinates, `float32[n, 2, 28, 28]`."""
+def _bends(strength: Tensor, amounts: Augmentation) -> Tensor:
+    """Smooth displacements in the same coordinates, `float32[n, 2, 28, 28]`, for images of a strength `float32[n]`."""
+    count = len(strength)
     knots = _evenly(count, 2, ELASTIC_KNOTS, ELASTIC_KNOTS) * (amounts.elastic_pixels * 2 / SIDE)
+    knots = knots * strength.reshape(count, 1, 1, 1)
     # Interpolating unit vectors gives the matrix of every interpolation: two small
     # products instead of a bicubic resize, which took as long as all the rest.
     unit = torch.eye(ELASTIC_KNOTS)[None, None]

@@ -98,4 +98,5 @@ def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, flo
     share = right / total
     middle = share + z * z / (2 * total)
     half = z * (share * (1 - share) / total + z * z / (4 * total * total)) ** 0.5
-    return (middle - half) / (1 + z * z / total), (middle + half) / (1 + z * z / total)
+    low, high = (middle - half) / (1 + z * z / total), (middle + half) / (1 + z * z / total)
+    return max(0.0, low), min(high, 1.0)  # which rounding passes by a hair

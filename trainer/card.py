@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from digits.checkpoint import Checkpoint
 from digits.preprocessing import CLASSES
 from trainer.calibration import wilson_interval
 from trainer.measurement import THROUGH_CLIENT, Measurement
@@ -19,10 +20,10 @@ def model_card(models: Sequence[Measurement], seeds: Sequence[float], command: s
         seeds: test accuracies of the first model's recipe with other seeds, or none.
         command: by which it was made, for those who want to make it again.
     """
-    names = [model.checkpoint.manifest.architecture for model in models]
+    names = model_names([model.checkpoint for model in models])
     parts = [
         "# Model card\n",
-        f"Written by `{command}` from the weights that the server ships with; do not edit.\n",
+        f"Written by `{command}`; do not edit.\n",
         _table("", names, [("version", [model.checkpoint.version for model in models]), *_facts(models)]),
         "## What they are for\n",
         "Pictures of one handwritten digit, brought to 28x28 pixels by `to_pixels` (the SDK does it). A picture of\n"
@@ -59,9 +60,18 @@ def model_card(models: Sequence[Measurement], seeds: Sequence[float], command: s
     return "\n".join(parts)
 
 
-def picture_name(architecture: str) -> str:
-    """Of the file with a model's mistakes."""
-    return f"mistakes-{architecture.lower()}.png"
+def model_names(models: Sequence[Checkpoint]) -> list[str]:
+    """What each is called: by its architecture, and by its version as well where another one has the same."""
+    architectures = [model.manifest.architecture for model in models]
+    return [
+        name if architectures.count(name) == 1 else f"{name} {model.version}"
+        for name, model in zip(architectures, models, strict=True)
+    ]
+
+
+def picture_name(model: str) -> str:
+    """Of the file with the mistakes of a model of this name."""
+    return f"mistakes-{model.lower().replace(' ', '-')}.png"
 
 
 def _facts(models: Sequence[Measurement]) -> list[tuple[str, list[str]]]:

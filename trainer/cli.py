@@ -32,30 +32,51 @@ from digits.checkpoint import (
     load_checkpoint,
     manifest_path,
     save_checkpoint,
-    write_atomically,
 )
 from trainer import report
 from trainer.augmentation import Augmentation
-from trainer.calibration import coverage, fit_temperature, reliability
-from trainer.card import model_card, picture_name
-from trainer.data import DIGITS, Data, DataError, LabelledPixels
-from trainer.datasets import load_data
+from trainer.calibration import TEMPERATURES, coverage, fit_temperature, reliability
+from trainer.card import model_card, model_names, picture_name
+from trainer.data import DIGITS, Data, DataError, split
+from trainer.datasets import DATASETS, load_data
 from trainer.evaluation import Evaluation, evaluation_of, read
 from trainer.flags import (
-    WEIGHTS,
+    EMBEDDED,
     card_parser,
+    chosen_settings,
     evaluation_parser,
     given_settings,
     promotion_parser,
     settings_of,
     training_parser,
 )
+from trainer.labels import same_meaning, told
 from trainer.measurement import digit_scores, measure, read_pictures
 from trainer.promotion import NotPromoted, promote
 from trainer.ranks import Ranks, joined
-from trainer.run import Run, RunError, environment, json_bytes, make_folder
+from trainer.run import (
+    FIGURES,
+    WEIGHTS,
+    Run,
+    RunError,
+    environment,
+    json_bytes,
+    make_folder,
+    naming,
+    teacher_paths,
+    write_file,
+)
 from trainer.settings import RECIPES, InvalidSetting, TrainingSettings
-from trainer.training import Epoch, State, Training, TrainingDiverged, train
+from trainer.training import (
+    SPLIT_SEED,
+    Epoch,
+    InvalidState,
+    State,
+    Training,
+    TrainingDiverged,
+    train,
+    validation_size_for,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,13 +97,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{flags.prog}: {stop}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
-        print(f"\n{flags.prog}: interrupted, nothing was written", file=sys.stderr)
+        print(f"\n{flags.prog}: interrupted", file=sys.stderr)
         return 130
     return 0
 
 
 REFUSED = 0.0085
 """The share of validation digits that look like none: the threshold is to refuse at most 1 % of others."""
+
+
+MOST_THREADS = 1024
+
+SERVED = 0.9
+"""So many of its golden digits a server has a model read; the test accuracy tells nearly whether it will."""
 
 
 class Interrupted(Exception):
@@ -95,21 +122,29 @@ class Interrupted(Exception):
 def _run_training(options: argparse.Namespace) -> None:
     with joined() as ranks:
         # The first alone reads and writes, so that no other machine needs the files or the same folders.
-        begun, settings = ranks.from_first(lambda: _settings(options))
-        _prepare(options.threads, ranks.use(settings.device))
+        begun, settings, threads = ranks.from_first(lambda: _settings(options))
+        _prepare(threads, ranks.use(settings.device))
         ranks.wait()  # until all know that they can
         run, data, teachers = ranks.from_first(lambda: _begin(begun, settings, options, ranks))
-        if settings.teacher == "cnn":
-            teachers = [_teacher(run, data, options, ranks)]
-        training = _train(run, run.folder, data, teachers, options, ranks)
-        if ranks.is_first:
-            _write_results(run, data, training, teachers, ranks)
+        try:
+            if run.settings.teacher == "cnn":
+                teachers = [_teacher(run, data, ranks)]
+            training = _train(run, data, teachers, ranks)
+            if ranks.is_first:
+                _write_results(run, data, training, teachers, ranks)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                "interrupted; what was learnt up to the last whole epoch is kept. Go on:\n"
+                + _command_to_go_on(run, options, ranks)
+            ) from None
 
 
-def _settings(options: argparse.Namespace) -> tuple[Run | None, TrainingSettings]:
-    """The run that goes on, if one does, and the settings."""
-    begun = None if options.resume is None else _begun_run(options)
-    return begun, settings_of(options) if begun is None else begun.settings
+def _settings(options: argparse.Namespace) -> tuple[Run | None, TrainingSettings, int]:
+    """The run that goes on, if one does, the settings, and the number of threads."""
+    if options.resume is not None:
+        begun = _begun_run(options)
+        return begun, begun.settings, begun.threads
+    return None, settings_of(options), 1 if options.threads is None else options.threads
 
 
 def _begin(
@@ -117,47 +152,66 @@ def _begin(
 ) -> tuple[Run, Data, list[Checkpoint]]:
     """The run, the data, and the teachers that are there already."""
     data = _load(settings.dataset, options)
-    if settings.teacher in ("none", "cnn"):
-        teachers = []
-    else:
-        teachers = [load_checkpoint(path) for path in settings.teacher.split(",")]
+    teachers = [load_checkpoint(path) for path in teacher_paths(settings)]
+    for path, teacher in zip(teacher_paths(settings), teachers, strict=True):
+        if not same_meaning(data.labels, teacher.manifest.labels):
+            raise DataError(
+                f"--teacher has the classes of the data set, {told(data.labels)} ({data.name}), "
+                f"and {path} has {told(teacher.manifest.labels)}"
+            )
     if begun is None:
+        if "validation_size" not in chosen_settings(options):
+            settings = dataclasses.replace(settings, validation_size=validation_size_for(len(data.train)))
+        split(data.train, settings.validation_size, SPLIT_SEED)  # raises what the training would
         out = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-        return Run.begin(out, settings, data, ranks.size), data, teachers  # now, and not after minutes of training
+        return Run.begin(out, settings, data, ranks.size, teachers), data, teachers  # now, not after the training
     begun.check_data(data)
+    begun.check_teachers(teachers)
     return begun, data, teachers
 
 
-def _teacher(run: Run, data: Data, options: argparse.Namespace, ranks: Ranks) -> Checkpoint:
+def _command_to_go_on(run: Run, options: argparse.Namespace, ranks: Ranks) -> str:
+    command = "python" if ranks.size == 1 else "torchrun … as before …"
+    command += f" -m trainer --resume {shlex.quote(str(run.folder))} --data-dir {shlex.quote(str(options.data_dir))}"
+    return command if options.download else f"{command} --no-download"
+
+
+def _teacher(run: Run, data: Data, ranks: Ranks) -> Checkpoint:
     """The network that is trained before the run's own, as a run in a folder within the run's."""
     folder = run.folder / "teacher"
 
     def begin() -> Run | None:
-        if (folder / WEIGHTS).exists():
+        begun = Run.go_on(folder) if Run.is_at(folder) else None
+        if begun and begun.is_complete:
             return None
         print("\nThe teacher, by --recipe cnn:", flush=True)
+        if begun:
+            begun.check_data(data)
+            return begun
         own = RECIPES["cnn"]
         settings = TrainingSettings(
             **own
             | {name: getattr(run.settings, name) for name in ("dataset", "validation_size", "seed", "device")}
             | {"epochs": min(own["epochs"], run.settings.epochs)}
         )
-        own_run = Run.go_on(folder) if folder.exists() else Run.begin(folder, settings, data, ranks.size)
-        own_run.check_data(data)
-        return own_run
+        return Run.begin(folder, settings, data, ranks.size)
 
     if own_run := ranks.from_first(begin):
-        training = _train(own_run, run.folder, data, [], options, ranks)
+        training = _train(own_run, data, [], ranks)
         if ranks.is_first:
             _write_results(own_run, data, training, [], ranks)
     return ranks.from_first(lambda: load_checkpoint(folder / WEIGHTS))
 
 
-def _train(
-    run: Run, whole: Path, data: Data, teachers: list[Checkpoint], options: argparse.Namespace, ranks: Ranks
-) -> Training:
-    """Train, or go on, with a line for each epoch; `whole` is the run that an interrupted one is a part of."""
-    state = ranks.from_first(lambda: run.state(ranks.size))
+def _train(run: Run, data: Data, teachers: list[Checkpoint], ranks: Ranks) -> Training:
+    """Train, or go on, with a line for each epoch."""
+
+    def left() -> State | None:
+        state = run.state(ranks.size)
+        run.mend(state)
+        return state
+
+    state = ranks.from_first(left)
     settings = dataclasses.replace(run.settings, device=ranks.use(run.settings.device))
 
     def progress(steps: Iterable[int], epoch: int) -> Iterable[int]:
@@ -179,12 +233,8 @@ def _train(
         on_epoch(Epoch(**epoch))
     try:
         return train(settings, data, on_epoch, progress, teachers=teachers, state=state, on_state=on_state, ranks=ranks)
-    except KeyboardInterrupt:
-        command = "python" if ranks.size == 1 else "torchrun … as before …"
-        raise Interrupted(
-            f"interrupted; what was learnt up to the last whole epoch is kept. Go on:\n"
-            f"{command} -m trainer --resume {shlex.quote(str(whole))} --data-dir {shlex.quote(str(options.data_dir))}"
-        ) from None
+    except InvalidState as error:
+        raise run.bad_state(str(error)) from error
 
 
 def _write_results(run: Run, data: Data, training: Training, teachers: list[Checkpoint], ranks: Ranks) -> None:
@@ -205,7 +255,8 @@ def _write_results(run: Run, data: Data, training: Training, teachers: list[Chec
         training=_provenance(settings, training, test, teachers, ranks),
     )
     weights = run.folder / WEIGHTS
-    sha256 = save_checkpoint(weights, training.network, manifest)
+    with naming(weights):
+        sha256 = save_checkpoint(weights, training.network, manifest)
     best = training.best
     facts = {
         "Test accuracy": report.accuracy_line(test),
@@ -214,29 +265,39 @@ def _write_results(run: Run, data: Data, training: Training, teachers: list[Chec
         "Weights": f"{WEIGHTS}, SHA-256 {sha256}",
     } | {name.replace("_", " ").capitalize(): value for name, value in asdict(settings).items()}
     pictures = {"Learning curves": report.draw_curves(training.epochs)}
-    pictures |= _pictures(data.name, data.test, logits, temperature, test)
-    _write_all(run.folder, f"{settings.architecture} on {data.name}", facts, test, pictures)
-    run.write("metrics.json", json_bytes(report.training_record(training.epochs, test)))
+    pictures |= _pictures(data, logits, temperature, test)
+    table = report.class_table(test, data.labels)
+    _write_all(run.folder, f"{settings.architecture} on {data.name}", facts, table, pictures)
     run.write_events(training.epochs)
+    run.write(FIGURES, json_bytes(report.training_record(training.epochs, test)))  # last: now it is complete
     print(
         f"\nbest epoch     {best.number}, validation accuracy {best.validation_accuracy:.2%}\n"
         f"test accuracy  {report.accuracy_line(test)}\n"
         f"calibration    temperature {temperature:g}, expected calibration error "
         f"{reliability(logits, data.test.labels, temperature).expected_error:.4f}\n"
         f"time           {training.seconds:.0f} s\n"
-        f"written to     {run.folder}: {WEIGHTS}, {manifest_path(WEIGHTS)}, report.html and all that it shows\n\n"
-        f"Serve it:      mnist-grpc-server --weights {shlex.quote(str(weights))}"
+        f"written to     {run.folder}: {WEIGHTS}, {manifest_path(WEIGHTS)}, report.html and all that it shows\n"
     )
+    low, high = TEMPERATURES
+    if not 1.01 * low < temperature < 0.99 * high:
+        print(f"Confidences say little: the temperature is at its limit, for it has to be from {low:g} to {high:g}.")
+    if data.labels == DIGITS and test.accuracy < SERVED:
+        print(f"Perhaps no server takes it: a model has to read {SERVED:.0%} of the server's own test digits.")
+    print(f"Serve it:      mnist-grpc-server --weights {shlex.quote(str(weights))}")
 
 
 def _begun_run(options: argparse.Namespace) -> Run:
     """The run that goes on, if no flag asks for another."""
-    if options.out is not None or options.config is not None or options.recipe != "best":
+    if options.out is not None or options.config is not None or options.recipe is not None:
         raise InvalidSetting("--resume goes on in its own folder with its own settings: no --out, --config or --recipe")
     run = Run.go_on(options.resume)
-    for name, value in given_settings(options).items():
-        if value != (begun := getattr(run.settings, name)):
-            raise InvalidSetting(f"--resume goes on as begun, with --{name.replace('_', '-')} {begun}, not {value}")
+    begun = asdict(run.settings) | {"threads": run.threads}
+    given = given_settings(options) | ({} if options.threads is None else {"threads": options.threads})
+    for name, value in given.items():
+        if value != begun[name]:
+            raise InvalidSetting(
+                f"--resume goes on as begun, with --{name.replace('_', '-')} {begun[name]}, not {value}"
+            )
     return run
 
 
@@ -266,8 +327,13 @@ def _run_evaluation(options: argparse.Namespace) -> None:
     device = options.device or "cpu"
     _prepare(options.threads, device)
     checkpoint = load_checkpoint(options.weights)
-    data = _load(options.dataset, options)
     manifest = checkpoint.manifest
+    data = _load(options.dataset or _dataset_of(manifest), options)
+    if not same_meaning(data.labels, manifest.labels):
+        raise DataError(
+            f"the classes of {options.weights} are {told(manifest.labels)}, and those of {data.name} are "
+            f"{told(data.labels)}; --dataset names the data set that belongs to the weights"
+        )
     logits = read(checkpoint.network.to(device), data.test.pixels, manifest.mean, manifest.std, device)
     result = evaluation_of(logits, data.test.labels)
     error = reliability(logits, data.test.labels, manifest.temperature).expected_error
@@ -278,7 +344,7 @@ def _run_evaluation(options: argparse.Namespace) -> None:
     else:
         print(f"{data.name} test accuracy of {options.weights} ({manifest.architecture}, {checkpoint.version}):")
         print(f"{report.accuracy_line(result)}, loss {result.loss:.4f}")
-        print(f"expected calibration error {error:.4f}\n\n{report.class_table(result)}")
+        print(f"expected calibration error {error:.4f}\n\n{report.class_table(result, data.labels)}")
     if options.out:
         make_folder(options.out)
         facts = {
@@ -286,34 +352,54 @@ def _run_evaluation(options: argparse.Namespace) -> None:
             "Expected calibration error": f"{error:.4f}",
             "Weights": f"{options.weights}, version {checkpoint.version}",
         }
-        pictures = _pictures(data.name, data.test, logits, manifest.temperature, result)
-        _write_all(options.out, f"{manifest.architecture} on {data.name}", facts, result, pictures)
-        write_atomically(options.out / "evaluation.json", json_bytes(record))
+        pictures = _pictures(data, logits, manifest.temperature, result)
+        table = report.class_table(result, data.labels)
+        _write_all(options.out, f"{manifest.architecture} on {data.name}", facts, table, pictures)
+        write_file(options.out / "evaluation.json", json_bytes(record))
+
+
+def _dataset_of(manifest: Manifest) -> str:
+    """The value of --dataset for the data set that the manifest names; mnist where there is none."""
+    names = {name.removesuffix("-digits").replace("-", ""): name for name in DATASETS}
+    return names.get(manifest.dataset.lower(), "mnist")
 
 
 def _run_card(options: argparse.Namespace) -> None:
     _prepare(options.threads, "cpu")
+    if options.weights is EMBEDDED and not all(path.is_file() for path in EMBEDDED):
+        raise InvalidSetting(
+            f"--weights names the files to measure; those of the server are not in {EMBEDDED[0].parent}"
+        )
     checkpoints = [load_checkpoint(path) for path in options.weights]
+    names = model_names(checkpoints)
     test = _load("mnist", options).test
     pictures = read_pictures(options.pictures) if options.pictures else None
     others = {name: _load(name, options).test.pixels for name in options.others}
     measured = []
-    for checkpoint in checkpoints:
-        what = checkpoint.manifest.architecture
+    for what, checkpoint in zip(names, checkpoints, strict=True):
 
         def progress(kinds: Iterable[str], count: int, what: str = what) -> Iterable[str]:
             return tqdm(kinds, total=count, desc=what, unit=" kinds", leave=False, disable=None)
 
         measured.append(measure(checkpoint, test, pictures, others, progress))
     seeds = [json.loads((run / "metrics.json").read_text())["test"]["accuracy"] for run in options.seeds]
-    command = "python -m trainer card" + " --pictures DIR" * bool(pictures) + " --seeds RUN…" * bool(seeds)
-    write_atomically(options.out / "model-card.md", model_card(measured, seeds, command).encode())
-    for model in measured:
-        name = model.checkpoint.manifest.architecture
+    write_file(options.out / "model-card.md", model_card(measured, seeds, _card_command(options)).encode())
+    for name, model in zip(names, measured, strict=True):
         logits = model.logits / model.checkpoint.manifest.temperature
         picture = report.draw_mistakes(test.pixels, test.labels, logits, f"{name}, MNIST test", most=len(test))
-        write_atomically(options.out / "pictures" / picture_name(name), picture)
+        write_file(options.out / "pictures" / picture_name(name), picture)
     print(f"written: {options.out / 'model-card.md'}")
+
+
+def _card_command(options: argparse.Namespace) -> str:
+    """By which the card is made again; without paths, which are the machine's own."""
+    flags = {
+        "--weights": [] if options.weights is EMBEDDED else [path.name for path in options.weights],
+        "--pictures": ["DIR"] if options.pictures else [],
+        "--others": options.others,
+        "--seeds": ["RUN…"] if options.seeds else [],
+    }
+    return " ".join(["python -m trainer card", *(" ".join([flag, *given]) for flag, given in flags.items() if given)])
 
 
 def _run_promotion(options: argparse.Namespace) -> None:
@@ -345,31 +431,30 @@ def _load(dataset: str, options: argparse.Namespace) -> Data:
     )
 
 
-def _pictures(
-    name: str, test: LabelledPixels, logits: Tensor, temperature: float, result: Evaluation
-) -> dict[str, bytes]:
+def _pictures(data: Data, logits: Tensor, temperature: float, result: Evaluation) -> dict[str, bytes]:
     """What there is to see of test images that were read, by its title."""
+    test = data.test
     logits = logits / temperature
-    title = f"{name} test"
+    title = f"{data.name} test"
     return {
-        "Confusion": report.draw_confusion(result, title),
-        "Mistakes": report.draw_mistakes(test.pixels, test.labels, logits, title),
+        "Confusion": report.draw_confusion(result, title, data.labels),
+        "Mistakes": report.draw_mistakes(test.pixels, test.labels, logits, title, labels=data.labels),
         "Calibration": report.draw_calibration(reliability(logits, test.labels), title),
         "Coverage": report.draw_coverage(*coverage(logits, test.labels), title),
     }
 
 
-def _write_all(folder: Path, title: str, facts: dict[str, Any], result: Evaluation, pictures: dict[str, bytes]) -> None:
+def _write_all(folder: Path, title: str, facts: dict[str, Any], table: str, pictures: dict[str, bytes]) -> None:
     """Each picture as a file of its own, and the report that holds them all."""
     for name, content in pictures.items():
-        write_atomically(folder / f"{name.split()[-1].lower()}.png", content)
-    write_atomically(folder / "report.html", report.html_report(title, facts, report.class_table(result), pictures))
+        write_file(folder / f"{name.split()[-1].lower()}.png", content)
+    write_file(folder / "report.html", report.html_report(title, facts, table, pictures))
 
 
 def _prepare(threads: int, device: str) -> None:
     """Check and set what concerns the machine."""
-    if threads < 1:
-        raise InvalidSetting(f"--threads is 1 or more, not {threads}")
+    if not 1 <= threads <= MOST_THREADS:
+        raise InvalidSetting(f"--threads is from 1 to {MOST_THREADS}, not {threads}")
     torch.set_num_threads(threads)
     try:
         torch.empty(1, device=device)

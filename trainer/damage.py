@@ -22,7 +22,7 @@ from digits.preprocessing import SIDE
 from trainer.augmentation import Augmentation, augment
 
 ASKEW = Augmentation(
-    rotation_degrees=28.0, scale=0.35, shear=0.45, shift_pixels=3.5, elastic_pixels=0.0, pen=0.0
+    rotation_degrees=28.0, scale=0.35, shear=0.45, shift_pixels=3.5, elastic_pixels=0.0, least=1.0, pen=0.0
 )  # further than a canonical digit may be
 
 

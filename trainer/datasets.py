@@ -1,4 +1,4 @@
-"""What can be learnt from: MNIST and its kin through torchvision, scikit-learn's digits, folders of pictures.
+"""What can be learnt from: MNIST and its kin, scikit-learn's digits, folders of pictures.
 
 Everything becomes pixels, `uint8[n, 784]`, and labels; pictures that are not of
 MNIST's kind go through the same `to_pixels` as those that clients hand in.
@@ -6,7 +6,9 @@ MNIST's kind go through the same `to_pixels` as those that clients hand in.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,13 +18,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from digits.checkpoint import MAX_LABEL, is_label
 from digits.preprocessing import CLASSES, PIXELS, InvalidImage, to_pixels
-from trainer.data import DIGITS, Data, DataError, LabelledPixels, download_limit, load_mnist, torchvision_dataset
+from trainer.data import DIGITS, MNIST, Data, DataError, LabelledPixels, Source, load_source
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "folder:"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 TEST_SHARE = 0.2
 """Of a folder that has no part for the test."""
+
+PARTS = ("train", "test")
+"""The folders in a folder that was parted by others."""
 
 Progress: TypeAlias = Callable[[Iterable[Any], int], Iterable[Any]]
 """Wraps so many things that are gone through."""
@@ -40,7 +48,7 @@ def load_data(
     """Read a data set by its name in `DATASETS`, or a folder of pictures, `folder:PATH`.
 
     Args:
-        data_dir: where torchvision's data sets lie, each in a folder of its name.
+        data_dir: where MNIST and its kin lie, each in a folder of the name that torchvision gives it.
         progress: wraps the files of a folder, for example in a progress bar.
 
     Raises:
@@ -48,49 +56,46 @@ def load_data(
             the message says what to do.
     """
     if dataset.startswith(FOLDER):
+        if dataset == FOLDER:
+            raise DataError(f"--dataset {FOLDER}PATH names a folder after the colon, and there is nothing")
         return load_folder(Path(dataset.removeprefix(FOLDER)), progress)
     if dataset not in DATASETS:
         raise DataError(f"--dataset is one of {', '.join(DATASETS)} or {FOLDER}PATH, not {dataset}")
     return DATASETS[dataset](data_dir, download)
 
 
-# torchvision ------------------------------------------------------------------
+# MNIST's kin ------------------------------------------------------------------
 
-
-def _load_kin(name: str, labels: Sequence[str], **options: str) -> Callable[[Path, bool], Data]:
-    """What reads one of torchvision's data sets of MNIST's form."""
-
-    def load(data_dir: Path, download: bool) -> Data:
-        kind = torchvision_dataset(name)
-        try:
-            with download_limit():
-                parts = [kind(data_dir, train=train, download=download, **options) for train in (True, False)]
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-            where = data_dir.absolute() / name
-            how = "the download failed" if download else "downloading is switched off (--no-download)"
-            reason = str(error).strip() or type(error).__name__
-            raise DataError(
-                f"{name} is not complete in {where}, or damaged, and {how}: {reason}\n"
-                "Point --data-dir to the folder in which torchvision keeps it, or let it be downloaded there."
-            ) from error
-        train, test = (_of_torchvision(part, transposed=name == "EMNIST") for part in parts)
-        return Data(train, test, name, tuple(labels))
-
-    return load
-
-
-def _of_torchvision(dataset: Any, transposed: bool) -> LabelledPixels:
-    images: Tensor = dataset.data.transpose(1, 2) if transposed else dataset.data  # EMNIST's files hold columns
-    labels: Tensor = dataset.targets
-    if labels.dim() == 2:  # QMNIST: the label, and who wrote it where
-        labels = labels[:, 0]
-    return LabelledPixels(images.reshape(-1, PIXELS).contiguous(), labels.long())
+FASHION_MNIST = Source("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", "FashionMNIST", labels=FASHION)
+KMNIST = Source("http://codh.rois.ac.jp/kmnist/dataset/kmnist/", "KMNIST", labels=KUZUSHIJI)
+EMNIST_DIGITS = Source(
+    "https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip",
+    "EMNIST",
+    (
+        "emnist-digits-train-images-idx3-ubyte",
+        "emnist-digits-train-labels-idx1-ubyte",
+        "emnist-digits-test-images-idx3-ubyte",
+        "emnist-digits-test-labels-idx1-ubyte",
+    ),
+    in_columns=True,
+    options={"split": "digits"},
+)
+QMNIST = Source(
+    "https://raw.githubusercontent.com/facebookresearch/qmnist/master/",
+    "QMNIST",
+    (
+        "qmnist-train-images-idx3-ubyte",
+        "qmnist-train-labels-idx2-int",
+        "qmnist-test-images-idx3-ubyte",
+        "qmnist-test-labels-idx2-int",
+    ),
+)
 
 
 # scikit-learn -----------------------------------------------------------------
 
 
-def load_scans(_: Path, __: bool) -> Data:
+def load_scans() -> Data:
     """scikit-learn's 1,797 scans of 8x8 pixels, which lie inside the package; the last fifth, by others, is the test.
 
     E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", 1998.
@@ -113,67 +118,162 @@ def load_folder(folder: Path, progress: Progress = lambda files, count: files) -
     """Pictures of a digit each, in a folder for each class: `PATH/7/any name.png`.
 
     With `PATH/train` and `PATH/test`, each of them holds such folders; else a
-    fifth of the files, chosen by their content, is the test.
+    fifth of the files, chosen by their content, is the test, at least one of
+    each class. Names that begin with a dot are passed over; of other files that
+    are not read, a warning in the log tells.
 
     Raises:
-        DataError: a class has no pictures, there are too few or too many
-            classes, or a file is no picture of a digit.
+        DataError: a class has too few pictures or is not in both parts, there
+            are too few or too many classes, a name is none that a label can
+            have, or a file is no picture of a digit.
     """
     if not folder.is_dir():
         raise DataError(f"--dataset {FOLDER}PATH takes a folder, and {folder} is none")
-    parted = all((folder / part).is_dir() for part in ("train", "test"))
-    roots = [folder / "train", folder / "test"] if parted else [folder]
-    labels = sorted({path.name for root in roots for path in root.iterdir() if path.is_dir()})
+    name = folder.resolve().name
+    if name and not is_label(name):
+        raise DataError(f"{str(folder)!r}: the folder's name becomes the data set's, {_NAMES}")
+    roots = [folder / part for part in PARTS] if _is_parted(folder) else [folder]
+    labels = _labels(folder, roots)
+    files = {root: [file for label in labels for file in _files(root / label)] for root in roots}
+    for root, pictures in files.items():
+        _check_classes(root, labels, pictures, needed=1 if len(roots) > 1 else 2)
+    _tell_what_is_left_out(folder, [file for pictures in files.values() for file in pictures])
+    if set(labels) <= set(DIGITS):
+        labels = list(DIGITS)  # a digit without pictures keeps its place
+    parts = [_pictures(pictures, labels, progress) for pictures in files.values()]
+    if len(parts) == 2:
+        (train, _), (test, _) = parts
+    else:
+        images, places = parts[0]
+        is_test = _is_test(places, images.labels)
+        train, test = images[~is_test], images[is_test]
+    return Data(train, test, name, tuple(labels) + ("",) * (CLASSES - len(labels)))
+
+
+_NAMES = f"and has at most {MAX_LABEL} printable characters"
+
+
+def _is_parted(folder: Path) -> bool:
+    """Whether the folder has parts, and not classes.
+
+    Raises:
+        DataError: it has one of the two.
+    """
+    there = [part for part in PARTS if (folder / part).is_dir()]
+    if len(there) == 1 and _folders(folder / there[0]):  # else it is a class of that name
+        (lacking,) = set(PARTS) - set(there)
+        raise DataError(
+            f"{folder} has the part {there[0]}, but no {folder / lacking} beside it: a folder in parts has "
+            f"{' and '.join(PARTS)}, each with a folder for each class"
+        )
+    return len(there) == 2
+
+
+def _labels(folder: Path, roots: Sequence[Path]) -> list[str]:
+    """The names of the classes, sorted, which are the same in all parts."""
+    classes = [{path.name for path in _folders(root)} for root in roots]
+    labels = sorted(set().union(*classes))
     if not 2 <= len(labels) <= CLASSES:
         raise DataError(
             f"{folder} has a folder for each of 2 to {CLASSES} classes, with the pictures in it, not {len(labels)}"
-            + (f": {', '.join(labels[:20])}" if labels else "")
+            + (f": {', '.join(map(_shown, labels[:20]))}" if labels else "")
         )
-    if set(labels) <= set(DIGITS):
-        labels = list(DIGITS)  # a digit without pictures keeps its place
-    parts = [_pictures(root, labels, progress) for root in roots]
-    if parted:
-        train, test = parts[0][0], parts[1][0]
-    else:
-        images, is_test = parts[0]
-        train, test = images[~is_test], images[is_test]
-    for part, name in ((train, "train"), (test, "test")):
-        if not len(part):
-            raise DataError(f"{folder}: there is no picture for the {name} part")
-    return Data(train, test, folder.resolve().name, tuple(labels) + ("",) * (CLASSES - len(labels)))
+    for label in labels:
+        if not is_label(label):
+            raise DataError(
+                f"{folder}: a folder's name is that of its class, {_NAMES}, not {len(label)}: {_shown(label)}"
+            )
+        if lacking := [str(root) for root, names in zip(roots, classes, strict=True) if label not in names]:
+            raise DataError(
+                f"{folder}: each class is in {' and '.join(PARTS)}, but there is no {label} in {lacking[0]}"
+            )
+    return labels
 
 
-def _pictures(root: Path, labels: Sequence[str], progress: Progress) -> tuple[LabelledPixels, Tensor]:
-    """The pictures below a folder, and which of them are for the test if they have to be parted."""
-    files = sorted(path for path in root.glob("*/*") if path.suffix.lower() in SUFFIXES)
-    if not files:
-        raise DataError(f"{root}: no class has a picture in it ({', '.join(SUFFIXES)})")
-    pixels, is_test = [], []
+def _check_classes(root: Path, labels: Sequence[str], pictures: Sequence[Path], needed: int) -> None:
+    """Raise DataError if a class has fewer pictures than are needed."""
+    for label in labels:
+        count = sum(path.parent.name == label for path in pictures)
+        if count < needed:
+            why = "" if needed == 1 else ", one to learn from and one for the test"
+            raise DataError(
+                f"{root / label}: a class has {needed} pictures or more ({', '.join(SUFFIXES)}){why}, "
+                f"and this one has {count}"
+            )
+
+
+def _tell_what_is_left_out(folder: Path, files: Sequence[Path]) -> None:
+    every = [path for path in folder.rglob("*") if path.is_file()]
+    seen = [path for path in every if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    if left_out := sorted(set(seen) - set(files)):
+        logger.warning(
+            "%s: files that are not read: %d, such as %s; pictures lie in the folder of their class, and end in %s",
+            folder,
+            len(left_out),
+            left_out[0].relative_to(folder),
+            ", ".join(SUFFIXES),
+        )
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+
+
+def _files(folder: Path) -> list[Path]:
+    """The pictures that lie in a folder, sorted; those below it are no part of it."""
+    return sorted(
+        path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    )
+
+
+def _shown(name: str) -> str:
+    """A name as a message can show it."""
+    return name if is_label(name) else f"{name[:20]!r}..."
+
+
+def _is_test(places: Tensor, labels: Tensor) -> Tensor:
+    """Which pictures are for the test, `bool[n]`: those of a low place, and one of each class at the least and most.
+
+    Args:
+        places: where each stands in an order by content, from 0 to 1, `float64[n]`.
+        labels: `int64[n]`, each of them twice or more.
+    """
+    is_test = places < TEST_SHARE
+    for label in set(labels.tolist()):
+        rows = torch.nonzero(labels == label)[:, 0]
+        order = rows[places[rows].argsort(stable=True)]
+        is_test[order[0]], is_test[order[-1]] = True, False
+    return is_test
+
+
+def _pictures(files: Sequence[Path], labels: Sequence[str], progress: Progress) -> tuple[LabelledPixels, Tensor]:
+    """Pictures, each with the label that its folder has, and their places in an order by content, `float64[n]`."""
+    pixels, places = [], []
     with ThreadPoolExecutor() as threads:  # Pillow decodes without Python's lock
         for path, found in progress(zip(files, threads.map(_picture, files), strict=True), len(files)):
             if isinstance(found, str):
                 raise DataError(f"{path}: {found}")
             pixels.append(found[0])
-            is_test.append(found[1])
+            places.append(found[1])
     numbers = torch.tensor([labels.index(path.parent.name) for path in files])
-    return LabelledPixels(torch.from_numpy(np.stack(pixels)), numbers), torch.tensor(is_test)
+    return LabelledPixels(torch.from_numpy(np.stack(pixels)), numbers), torch.tensor(places, dtype=torch.float64)
 
 
-def _picture(path: Path) -> tuple[np.ndarray[Any, Any], bool] | str:
-    """Pixels `uint8[784]`, and whether it is one of the fifth for the test; or what is wrong with the file."""
+def _picture(path: Path) -> tuple[np.ndarray[Any, Any], float] | str:
+    """Pixels `uint8[784]`, and a place from 0 to 1 that its content gives it; or what is wrong with the file."""
     try:
         content = path.read_bytes()
-        return to_pixels(content).reshape(PIXELS), hashlib.sha256(content).digest()[0] < 256 * TEST_SHARE
+        return to_pixels(content).reshape(PIXELS), hashlib.sha256(content).digest()[0] / 256
     except (InvalidImage, OSError) as error:
         return str(error)
 
 
 DATASETS: dict[str, Callable[[Path, bool], Data]] = {
-    "mnist": load_mnist,
-    "fashion-mnist": _load_kin("FashionMNIST", FASHION),
-    "kmnist": _load_kin("KMNIST", KUZUSHIJI),
-    "emnist-digits": _load_kin("EMNIST", DIGITS, split="digits"),
-    "qmnist": _load_kin("QMNIST", DIGITS),
-    "sklearn": load_scans,
+    "mnist": functools.partial(load_source, MNIST),
+    "fashion-mnist": functools.partial(load_source, FASHION_MNIST),
+    "kmnist": functools.partial(load_source, KMNIST),
+    "emnist-digits": functools.partial(load_source, EMNIST_DIGITS),
+    "qmnist": functools.partial(load_source, QMNIST),
+    "sklearn": lambda data_dir, download: load_scans(),
 }
 """By the name that --dataset takes."""

@@ -9,13 +9,14 @@ from typing import Any
 
 from digits.network import ARCHITECTURES
 from trainer.datasets import DATASETS, FOLDER
+from trainer.run import WEIGHTS
 from trainer.settings import DEVICES, RECIPES, InvalidSetting, TrainingSettings, settings_in
 
-WEIGHTS = "mnist_model.pth"
 LAYOUT = "--data-dir has torchvision's layout: DIR/MNIST/raw/*-ubyte, each of the four files plain or with .gz."
 DEFAULTS = TrainingSettings()
-EMBEDDED = [Path("server/weights") / name for name in (WEIGHTS, "mnist_cnn.pth")]
-"""In a checkout."""
+DEFAULT_NOTES = {"validation_size": ", or a tenth of them if that is less"}
+EMBEDDED = [Path(__file__).parents[1] / "server" / "weights" / name for name in (WEIGHTS, "mnist_cnn.pth")]
+"""The server's package lies beside this one, in a checkout as where both are installed."""
 
 
 def training_parser() -> argparse.ArgumentParser:
@@ -27,30 +28,30 @@ def training_parser() -> argparse.ArgumentParser:
         "       python -m trainer promote RUN [--to PATH]",
         description="Train weights for the server on MNIST. The epoch with the lowest validation loss is kept, "
         f"measured once on the test images, and written to --out: {WEIGHTS}, its manifest, metrics, pictures and "
-        "report.html, which holds all. With the defaults that takes about ten minutes.",
+        "report.html, which holds all. With the defaults that takes about an hour on one core.",
         epilog=f"{LAYOUT} On the CPU, the same seed gives the same weights, bit for bit, on the same machine with as "
         "many threads, also where the training was stopped and went on by --resume. Flags beat --config, which beats "
         "--recipe. Several processes, on one machine or more, train together by torchrun --nproc-per-node=N -m trainer "
         "[flags]; --batch-size is that of all. Other commands: python -m trainer evaluate --help, python -m trainer "
-        "promote --help.",
+        "card --help, python -m trainer promote --help.",
     )
     _add_common(parser, "where to write the weights and all about them (default: runs/DATE-TIME)")
+    parser.set_defaults(threads=None)  # none given: a run that goes on takes its own
     parser.add_argument(
-        "--resume", type=Path, metavar="RUN", help="go on with a training that was stopped, in its folder"
+        "--resume", type=_path, metavar="RUN", help="go on with a training that was stopped, in its folder"
     )
 
     group = parser.add_argument_group("what is learnt, and how")
     group.add_argument(
         "--recipe",
         choices=list(RECIPES),
-        default="best",
         help="settings that belong together: best makes the weights that the server ships with, cnn those of "
         "--model cnn, origin is an ordinary training (default: best)",
     )
     group.add_argument(
-        "--config", type=Path, metavar="FILE", help="settings in TOML, as a run's settings.toml has them"
+        "--config", type=_path, metavar="FILE", help="settings in TOML, as a run's settings.toml has them"
     )
-    _add_dataset(group, argparse.SUPPRESS)
+    _add_dataset(group, DEFAULTS.dataset, default=argparse.SUPPRESS)
     group.add_argument(
         "--architecture",
         "--arch",
@@ -92,7 +93,7 @@ def training_parser() -> argparse.ArgumentParser:
             type=_whole if isinstance(default, int) else _number,
             metavar=metavar,
             default=argparse.SUPPRESS,
-            help=f"{text} (default: {default:g})",
+            help=f"{text} (default: {default:g}{DEFAULT_NOTES.get(name, '')})",
         )
     group.add_argument(
         "--teacher",
@@ -129,13 +130,13 @@ def training_parser() -> argparse.ArgumentParser:
 def evaluation_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m trainer evaluate",
-        description="Measure weights on the MNIST test images: the accuracy, and a table by digit.",
+        description="Measure weights on the test images of a data set: the accuracy, and a table by class.",
         epilog=f"{LAYOUT} Nothing is written but with --out.",
     )
-    parser.add_argument("--weights", type=Path, required=True, metavar="PATH", help="a .pth file (required)")
+    parser.add_argument("--weights", type=_path, required=True, metavar="PATH", help="a .pth file (required)")
     parser.add_argument("--json", action="store_true", help="print one line of JSON, for programs")
-    _add_dataset(parser, DEFAULTS.dataset)
-    _add_common(parser, "also write evaluation.json and confusion.png to this folder")
+    _add_dataset(parser, "the one that the weights' manifest names, if it is one of these, else mnist", default=None)
+    _add_common(parser, "also write evaluation.json, report.html and its pictures to this folder")
     return parser
 
 
@@ -147,9 +148,9 @@ def card_parser() -> argparse.ArgumentParser:
         epilog=LAYOUT,
     )
     parser.add_argument(
-        "--weights", type=Path, nargs="+", metavar="PATH", default=EMBEDDED, help="(default: the embedded ones)"
+        "--weights", type=_path, nargs="+", metavar="PATH", default=EMBEDDED, help="(default: those of the server)"
     )
-    parser.add_argument("--pictures", type=Path, metavar="DIR", help="pictures of digits; DIR/manifest.csv lists them")
+    parser.add_argument("--pictures", type=_path, metavar="DIR", help="pictures of digits; DIR/manifest.csv lists them")
     parser.add_argument(
         "--others",
         nargs="+",
@@ -159,7 +160,7 @@ def card_parser() -> argparse.ArgumentParser:
         help="data sets that show no digits, to be refused: fashion-mnist, kmnist",
     )
     parser.add_argument(
-        "--seeds", type=Path, nargs="+", metavar="RUN", default=[], help="runs of the first recipe with other seeds"
+        "--seeds", type=_path, nargs="+", metavar="RUN", default=[], help="runs of the first recipe with other seeds"
     )
     _add_common(parser, "where to write model-card.md and its pictures (default: docs)")
     parser.set_defaults(out=Path("docs"))
@@ -171,10 +172,10 @@ def promotion_parser() -> argparse.ArgumentParser:
         prog="python -m trainer promote",
         description="Put a run's weights and manifest in the place of those that are served, if they read the test "
         "images no worse. A running server takes them up without losing a call.",
-        epilog="Test accuracies are compared as the manifests give them.",
+        epilog="Labels and test accuracies are compared as the manifests give them; weights without one read digits.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run, or a .pth file")
-    parser.add_argument("--to", type=Path, required=True, metavar="PATH", help="the .pth file that the server loads")
+    parser.add_argument("run", type=_path, metavar="RUN", help="the folder of a run, or a .pth file")
+    parser.add_argument("--to", type=_path, required=True, metavar="PATH", help="the .pth file that the server loads")
     parser.add_argument(
         "--tolerance",
         type=_number,
@@ -182,7 +183,7 @@ def promotion_parser() -> argparse.ArgumentParser:
         default=0.0,
         help="how much lower the test accuracy may be, 0 to 1: 0.001 is a tenth of a percent (default: 0)",
     )
-    parser.add_argument("--force", action="store_true", help="whatever the accuracies are")
+    parser.add_argument("--force", action="store_true", help="whatever the accuracies and labels are")
     return parser
 
 
@@ -192,13 +193,18 @@ def settings_of(options: argparse.Namespace) -> TrainingSettings:
     Raises:
         InvalidSetting: a value breaks its rule, or the file of --config does.
     """
-    values = dict(RECIPES[options.recipe])
+    return TrainingSettings(**chosen_settings(options))
+
+
+def chosen_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the recipe, the file or a flag gives; the others have their defaults. Errors: `settings_of`."""
+    values = dict(RECIPES[options.recipe or "best"])
     if options.config is not None:
         try:
             values |= settings_in(options.config)
         except FileNotFoundError as error:
             raise InvalidSetting(f"--config is a TOML file, and there is none at {options.config}") from error
-    return TrainingSettings(**values | given_settings(options))
+    return values | given_settings(options)
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -207,19 +213,19 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name in names and value is not None}
 
 
-def _add_dataset(parser: argparse._ActionsContainer, default: str) -> None:
+def _add_dataset(parser: argparse._ActionsContainer, default_text: str, default: str | None) -> None:
     parser.add_argument(
         "--dataset",
         metavar="NAME",
         default=default,
         help=f"{', '.join(DATASETS)}, or {FOLDER}PATH with a folder of pictures for each class "
-        f"(default: {DEFAULTS.dataset})",
+        f"(default: {default_text})",
     )
 
 
 def _add_common(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument(
-        "--data-dir", type=Path, metavar="DIR", default=Path("data"), help="the data set's folder (default: data)"
+        "--data-dir", type=_path, metavar="DIR", default=Path("data"), help="the data set's folder (default: data)"
     )
     parser.add_argument(
         "--download",
@@ -227,7 +233,7 @@ def _add_common(parser: argparse.ArgumentParser, out: str) -> None:
         default=True,
         help="download the files that are missing (default: yes)",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help=out)
+    parser.add_argument("--out", type=_path, metavar="DIR", help=out)
     parser.add_argument("--device", type=_device, help=f"cpu, cuda, cuda:N or mps (default: {DEFAULTS.device})")
     parser.add_argument(
         "--threads",
@@ -248,6 +254,12 @@ def _device(text: str) -> str:
     if not DEVICES.fullmatch(text):
         raise argparse.ArgumentTypeError(f"takes cpu, cuda, cuda:N or mps, not {text!r}")
     return text
+
+
+def _path(text: str) -> Path:
+    if not text.strip():  # to pathlib, it would be the working directory
+        raise argparse.ArgumentTypeError(f"takes a path, not {text!r}")
+    return Path(text)
 
 
 def _whole(text: str) -> int:

@@ -39,17 +39,29 @@ MIRRORABLE = (3, 4, 6, 7, 9)
 
 
 def draw_outliers(count: int, digits: LabelledPixels) -> Tensor:
-    """Return so many pictures without a digit, `uint8[n, 784]`, of all kinds in equal parts.
+    """Return so many pictures without a digit, `uint8[n, 784]`, of all kinds that can be made, in equal parts.
 
     Args:
-        digits: what some kinds are made of.
+        digits: what some kinds are made of; those that need other digits than are there are left out.
     """
-    kinds = torch.arange(count) % len(KINDS)
+    possible = kinds_of(digits)
+    kinds = torch.arange(count) % len(possible)
     made = torch.empty(count, SIDE * SIDE, dtype=torch.uint8)
-    for number, make in enumerate(KINDS.values()):
+    for number, name in enumerate(possible):
         rows = kinds == number
-        made[rows] = make(int(rows.sum()), digits)
+        made[rows] = KINDS[name](int(rows.sum()), digits)
     return made[torch.randperm(count)]
+
+
+def kinds_of(digits: LabelledPixels) -> list[str]:
+    """The names of the kinds that can be made of these digits; of all ten, all of `KINDS`."""
+    there = set(digits.labels.tolist())
+    needed = {
+        "overlaid": len(there - {1}) >= 2,
+        "side_by_side": len(there) >= 2,
+        "turned": not there.isdisjoint(TURNABLE) and not there.isdisjoint(MIRRORABLE),
+    }
+    return [name for name in KINDS if needed.get(name, True)]
 
 
 # Writing ----------------------------------------------------------------------
@@ -145,18 +157,19 @@ def noise(count: int, digits: LabelledPixels) -> Tensor:
 KINDS: dict[str, Callable[[int, LabelledPixels], Tensor]] = {
     make.__name__: make for make in (letters, scribbles, overlaid, side_by_side, turned, blots, textures, noise)
 }
-"""By name; each takes a number and digits, and returns pictures `uint8[n, 784]`."""
+"""By name; each takes a number and digits of which `kinds_of` says that they will do, and returns `uint8[n, 784]`."""
 
 
 # Tools --------------------------------------------------------------------------
 
 
 def _pairs(count: int, digits: LabelledPixels) -> tuple[Tensor, Tensor]:
-    """Two digits that are not the same, `uint8[n, 28, 28]` each."""
-    order = digits.labels.argsort()
+    """Two digits that are not the same, `uint8[n, 28, 28]` each; there are two different ones at least."""
+    labels, order = digits.labels.sort()
     place = torch.randint(len(digits), (count,))
-    away = torch.randint(len(digits) // 5, len(digits) * 4 // 5, (count,))  # in the row of labels: two labels or more
-    other = (place + away) % len(digits)
+    begin, end = (torch.searchsorted(labels, labels[place], right=right) for right in (False, True))
+    others = len(digits) - (end - begin)  # they follow the digit's own kind, around the end of the row
+    other = (end + (torch.rand(count, dtype=torch.float64) * others).long()) % len(digits)
     images = digits.pixels.reshape(-1, SIDE, SIDE)
     return images[order[place]], images[order[other]]
 

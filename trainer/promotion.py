@@ -10,9 +10,11 @@ from digits.checkpoint import (
     manifest_bytes,
     manifest_path,
     parse_checkpoint,
-    write_atomically,
 )
 from digits.snapshot import take_snapshot
+from trainer.labels import told
+from trainer.run import write_file
+from trainer.settings import InvalidSetting
 
 NO_ACCURACY = "its manifest gives no test accuracy"
 
@@ -33,9 +35,15 @@ def promote(new: Path, to: Path, tolerance: float = 0.0, force: bool = False) ->
 
     Raises:
         InvalidCheckpoint: the new weights, or those in place, do not load.
-        NotPromoted: the new ones read fewer of the test images, or have another
-            architecture's labels, or were measured on other data.
+        InvalidSetting: the tolerance is none, or `to` is a manifest's path.
+        OSError: a file cannot be written; the error names it.
+        NotPromoted: the new ones read fewer of the test images, or mean other
+            things by their classes, or were measured on other data.
     """
+    if not 0 <= tolerance <= 1:
+        raise InvalidSetting(f"--tolerance is from 0 to 1, not {tolerance:g}")
+    if manifest_path(to) == to:
+        raise InvalidSetting(f"--to is the path of a weights file, as x.pth, beside which x.json is written, not {to}")
     snapshot = take_snapshot(new)
     candidate = parse_checkpoint(snapshot)
     in_place = None
@@ -44,13 +52,18 @@ def promote(new: Path, to: Path, tolerance: float = 0.0, force: bool = False) ->
         _check(candidate, in_place, tolerance)
     elif candidate.manifest.test_accuracy is None and not force:
         raise NotPromoted(f"{new}: {NO_ACCURACY}; --force promotes it nevertheless")
-    write_atomically(to, snapshot.weights)
-    write_atomically(manifest_path(to), manifest_bytes(candidate.manifest, candidate.sha256))
+    write_file(to, snapshot.weights)
+    write_file(manifest_path(to), manifest_bytes(candidate.manifest, candidate.sha256))
     return candidate, in_place
 
 
 def _check(candidate: Checkpoint, in_place: Checkpoint, tolerance: float) -> None:
     new, old = candidate.manifest, in_place.manifest
+    if new.labels != old.labels:
+        raise NotPromoted(
+            f"the classes of this model are {told(new.labels)}, and those of the one in place are {told(old.labels)}; "
+            "--force promotes it nevertheless"
+        )
     if new.test_accuracy is None:
         raise NotPromoted(f"{NO_ACCURACY}; --force promotes it nevertheless")
     if old.test_accuracy is None:

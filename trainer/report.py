@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
-from digits.preprocessing import CLASSES, SIDE
+from digits.preprocessing import SIDE
 from trainer.calibration import BINS, Reliability, wilson_interval
+from trainer.data import DIGITS
 from trainer.evaluation import Evaluation
 from trainer.training import Epoch
 
@@ -42,15 +43,26 @@ def accuracy_line(result: Evaluation) -> str:
     return f"{result.accuracy:.2%} ({result.correct} of {result.total} images; 95 % interval {low:.2%} to {high:.2%})"
 
 
-def class_table(result: Evaluation) -> str:
-    """A line a digit: how many there are, how many were read, and as what the others were read."""
-    lines = [f"{'digit':>5}  {'images':>6}  {'correct':>7}  {'recall':>8}  {'precision':>9}  most often taken for"]
-    for digit, row in enumerate(result.confusion.tolist()):
-        mistakes = sorted(((count, other) for other, count in enumerate(row) if count and other != digit), reverse=True)
-        commonest = ", ".join(f"{other} ({count})" for count, other in mistakes[:3])
+def class_table(result: Evaluation, labels: Sequence[str] = DIGITS) -> str:
+    """A line a class: how many there are, how many were read, and as what the others were read.
+
+    Args:
+        labels: what the ten classes mean. A class that nothing shows or was read as is left out.
+    """
+    names = _names(labels)
+    title = "digit" if names == DIGITS else "class"
+    shown = _shown(result)
+    width = max([len(title), *(len(names[number]) for number in shown)])
+    lines = [f"{title:>{width}}  {'images':>6}  {'correct':>7}  {'recall':>8}  {'precision':>9}  most often taken for"]
+    for number in shown:
+        row = result.confusion[number].tolist()
+        mistakes = sorted(
+            ((count, other) for other, count in enumerate(row) if count and other != number), reverse=True
+        )
+        commonest = ", ".join(f"{names[other]} ({count})" for count, other in mistakes[:3])
         lines.append(
-            f"{digit:>5}  {sum(row):>6}  {row[digit]:>7}  {_percent(result.recall[digit]):>8}  "
-            f"{_percent(result.precision[digit]):>9}  {commonest}"
+            f"{names[number]:>{width}}  {sum(row):>6}  {row[number]:>7}  {_percent(result.recall[number]):>8}  "
+            f"{_percent(result.precision[number]):>9}  {commonest}"
         )
     return "\n".join(line.rstrip() for line in lines)
 
@@ -98,7 +110,7 @@ def draw_curves(epochs: Sequence[Epoch]) -> bytes:
         label=f"best: {best.validation_accuracy:.2%} in epoch {best.number}, kept",
     )
     for axes in (left, right):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(which="both", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     left.legend(frameon=False, loc="upper right")
@@ -106,11 +118,16 @@ def draw_curves(epochs: Sequence[Epoch]) -> bytes:
     return _png(figure)
 
 
-def draw_confusion(result: Evaluation, title: str) -> bytes:
-    """The confusion matrix as a PNG: hits in blue, mistakes in orange, the count in each cell."""
-    counts = result.confusion.numpy()
+def draw_confusion(result: Evaluation, title: str, labels: Sequence[str] = DIGITS) -> bytes:
+    """The confusion matrix as a PNG: hits in blue, mistakes in orange, the count in each cell.
+
+    Args:
+        labels: as in `class_table`.
+    """
+    shown = _shown(result)
+    counts = result.confusion[shown][:, shown].numpy()
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    on_diagonal = np.eye(CLASSES, dtype=bool)
+    on_diagonal = np.eye(len(shown), dtype=bool)
     figure = Figure(figsize=(7, 7), layout="constrained")
     axes = figure.subplots()
     axes.imshow(np.ma.masked_array(share, ~on_diagonal), cmap="Blues", vmin=0, vmax=1.25)
@@ -121,11 +138,14 @@ def draw_confusion(result: Evaluation, title: str) -> bytes:
         if count:
             dark = on_diagonal[row, column] and share[row, column] > 0.6
             axes.text(column, row, f"{count}", ha="center", va="center", color="white" if dark else "black")
-    digits = range(CLASSES)
-    axes.set(xticks=digits, yticks=digits, xlabel="read as", ylabel="shows")
-    axes.set_title(f"{title}: {accuracy_line(result)}", pad=12)
-    axes.set_xticks(np.arange(CLASSES - 1) + 0.5, minor=True)
-    axes.set_yticks(np.arange(CLASSES - 1) + 0.5, minor=True)
+    every = _names(labels)
+    names = [_drawn(every[number]) for number in shown]
+    axes.set(xlabel="read as", ylabel="shows")
+    axes.set_xticks(range(len(shown)), names, rotation=90 if max(map(len, names)) > 3 else 0)
+    axes.set_yticks(range(len(shown)), names)
+    axes.set_title(f"{_drawn(title, 60)}\n{accuracy_line(result)}", fontsize=11, pad=12)
+    axes.set_xticks(np.arange(len(shown) - 1) + 0.5, minor=True)
+    axes.set_yticks(np.arange(len(shown) - 1) + 0.5, minor=True)
     axes.grid(which="minor", color="0.85", linewidth=0.8)
     axes.tick_params(which="both", length=0)
     return _png(figure)
@@ -146,7 +166,7 @@ def draw_calibration(reliability: Reliability, title: str) -> bytes:
         label="this model",
     )
     above.set(ylabel="share that is right", xlim=(0, 1), ylim=(0, 1.02))
-    above.set_title(f"{title}: expected calibration error {reliability.expected_error:.4f}", pad=12)
+    above.set_title(f"{_drawn(title)}: expected calibration error {reliability.expected_error:.4f}", pad=12)
     above.legend(frameon=False, loc="upper left")
     below.bar(middles[filled], reliability.counts.numpy()[filled], width=0.9 / BINS, color=BLUE)
     below.set(xlabel="confidence", ylabel="images", yscale="log")
@@ -163,33 +183,46 @@ def draw_coverage(shares: Tensor, accuracies: Tensor, title: str) -> bytes:
     axes.plot(shares.numpy() * 100, (1 - accuracies.numpy()) * 100, color=BLUE)
     axes.set(xlabel="most confident predictions that are taken (%)", ylabel="of these misread (%)", xlim=(0, 100))
     axes.set_ylim(bottom=0)
-    axes.set_title(title, pad=12)
+    axes.set_title(_drawn(title, 40), pad=12)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     return _png(figure)
 
 
-def draw_mistakes(pixels: Tensor, labels: Tensor, logits: Tensor, title: str, most: int = 60) -> bytes:
-    """The misread images as a PNG, the most confident mistakes first: what they show, were read as, and how surely."""
-    confidence, digits = logits.double().softmax(dim=1).max(dim=1)
-    wrong = (digits != labels).nonzero().flatten()
+def draw_mistakes(
+    pixels: Tensor, truth: Tensor, logits: Tensor, title: str, most: int = 60, labels: Sequence[str] = DIGITS
+) -> bytes:
+    """The misread images as a PNG, the most confident mistakes first: what they show, were read as, and how surely.
+
+    Args:
+        pixels: `uint8[n, 784]`.
+        truth: the class that each shows, `int64[n]`.
+        logits: `float32[n, 10]`.
+        labels: what the ten classes mean.
+    """
+    names = [_drawn(name, 12) for name in _names(labels)]
+    confidence, read_as = logits.double().softmax(dim=1).max(dim=1)
+    wrong = (read_as != truth).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)]
     shown = wrong[:most].tolist()
     columns = 10
     rows = max(1, -(-len(shown) // columns))
     figure = Figure(figsize=(columns * 1.05, rows * 1.35 + 0.6), layout="constrained")
-    figure.suptitle(f"{title}: {len(shown)} of {len(wrong)} mistakes" if len(wrong) else f"{title}: no mistakes")
+    told = f"{len(shown)} of {len(wrong)} mistakes" if len(wrong) else "no mistakes"
+    figure.suptitle(f"{_drawn(title, 60)}: {told}")
     for axes, index in zip(figure.subplots(rows, columns, squeeze=False).flat, [*shown, *[None] * 999], strict=False):
         axes.axis("off")
         if index is not None:
             axes.imshow(pixels[index].reshape(SIDE, SIDE).numpy(), cmap="gray_r", vmin=0, vmax=255)
-            text = f"{int(labels[index])} read as {int(digits[index])}\n{float(confidence[index]):.0%}, no. {index}"
+            given, found = names[int(truth[index])], names[int(read_as[index])]
+            between = " read as " if max(len(given), len(found)) <= 3 else "\nread as "
+            text = f"{given}{between}{found}\n{float(confidence[index]):.0%}, no. {index}"
             axes.set_title(text, fontsize=7)
     return _png(figure)
 
 
 def html_report(title: str, facts: Mapping[str, object], table: str, pictures: Mapping[str, bytes]) -> bytes:
-    """One page that holds all: facts, the table by digit, and the pictures, which are part of the file."""
+    """One page that holds all: facts, the table by class, and the pictures, which are part of the file."""
     rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(str(fact))}</td></tr>\n" for name, fact in facts.items())
     figures = "".join(
         f'<figure><img alt="{escape(name)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
@@ -212,7 +245,7 @@ figcaption {{ color: #666 }}
 <h1>{escape(title)}</h1>
 <table>
 {rows}</table>
-<h2>By digit</h2>
+<h2>By class</h2>
 <pre>{escape(table)}</pre>
 <h2>Pictures</h2>
 {figures}</body></html>
@@ -220,9 +253,25 @@ figcaption {{ color: #666 }}
     ).encode()
 
 
+def _names(labels: Sequence[str]) -> tuple[str, ...]:
+    """What each class is called: its label, or its number if it has none."""
+    return tuple(label or str(number) for number, label in enumerate(labels))
+
+
+def _shown(result: Evaluation) -> list[int]:
+    """The classes that an image shows, or was read as."""
+    counted: list[int] = (result.confusion.sum(dim=0) + result.confusion.sum(dim=1)).tolist()
+    return [number for number, count in enumerate(counted) if count]
+
+
+def _drawn(text: str, most: int = 20) -> str:
+    """A name as a picture can show it: not too long, and no formula in it, which matplotlib sees between dollars."""
+    return (text if len(text) <= most else f"{text[: most - 1]}…").replace("$", r"\$")
+
+
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight", pad_inches=0.15)  # whatever a title's width
     return buffer.getvalue()
 
 

@@ -120,7 +120,7 @@ class TrainingSettings:
         require("epochs", "1 or more", self.epochs >= 1)
         require("batch_size", "1 or more", self.batch_size >= 1)
         require("learning_rate", "a finite number above 0", 0 < self.learning_rate < math.inf)
-        require("warmup_epochs", "a finite number of 0 or more", 0 <= self.warmup_epochs < math.inf)
+        require("warmup_epochs", "from 0 to 1000000", 0 <= self.warmup_epochs <= 1_000_000)
         require("momentum", "from 0 to below 1", 0 <= self.momentum < 1)
         require("weight_decay", "a finite number of 0 or more", 0 <= self.weight_decay < math.inf)
         require("averaging", "from 0 to below 1", 0 <= self.averaging < 1)

@@ -40,6 +40,10 @@ AVERAGING_BEGINS = 100
 """Steps after which the running mean keeps half of itself; so it does not hold on to the first weights."""
 
 
+class InvalidState(ValueError):
+    """What to go on from is not of a training with these settings; the message says why."""
+
+
 class TrainingDiverged(ArithmeticError):
     """The loss is no number any more."""
 
@@ -106,6 +110,9 @@ State: TypeAlias = dict[str, Any]
 reads it. With the settings, the data and the same machine it decides all that follows. The random state is that of
 the first of the processes that train together; those of the `others` stand in a list."""
 
+STATE_PARTS = frozenset({"network", "averaged", "best", "optimizer", "epochs", "random", "device_random"})
+"""What every state has."""
+
 
 def train(
     settings: TrainingSettings,
@@ -136,6 +143,7 @@ def train(
 
     Raises:
         DataError: fewer images than `validation_size` demands, or too few to share.
+        InvalidState: the state is of another training.
         TrainingDiverged: the loss became NaN or infinite.
     """
     devices = [] if settings.device in ("cpu", "mps") else [torch.device(settings.device)]
@@ -149,6 +157,11 @@ def train(
             on_state(loop.state())
             on_epoch(epoch)
         return loop.training()
+
+
+def validation_size_for(images: int) -> int:
+    """How many of so many training images are held back where nobody chose a number."""
+    return min(TrainingSettings.validation_size, max(1, images // 10))
 
 
 class TrainingLoop:
@@ -228,6 +241,17 @@ class TrainingLoop:
         }
 
     def go_on_from(self, state: State) -> None:
+        """Take up a state.
+
+        Raises:
+            InvalidState: it is of another network, or none at all.
+        """
+        try:
+            self._take_up(state)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # torch checks for us
+            raise InvalidState(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+
+    def _take_up(self, state: State) -> None:
         self._network.load_state_dict(state["network"])
         self._averaged.load_state_dict(state["averaged"])
         self._best_network.load_state_dict(state["best"])
@@ -375,10 +399,10 @@ def _average(averaged: nn.Module, network: nn.Module, keep: float) -> None:
 
 def _finite(loss: float, where: str, settings: TrainingSettings) -> float:
     if not math.isfinite(loss):
-        raise TrainingDiverged(
-            f"the loss is {loss} in {where}: training has come apart; "
-            f"try a smaller --learning-rate than {settings.learning_rate:g}"
-        )
+        advice = f"smaller --learning-rate ({settings.learning_rate:g}) or --weight-decay ({settings.weight_decay:g})"
+        if settings.teacher != "none":
+            advice += f", or a greater --softness ({settings.softness:g})"
+        raise TrainingDiverged(f"the loss is {loss} in {where}: training has come apart; try a {advice}")
     return loss
 
 

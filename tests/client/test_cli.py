@@ -100,6 +100,13 @@ def test_classes_have_the_names_that_the_model_gives_them(
     assert (answer["digit"], answer["label"]) == (1, "Trouser")
 
 
+def test_classes_without_a_name_are_no_answers(files: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    with FakeServer(1) as server:
+        server.model = replace(server.model, labels=("cat", "dog", *[""] * 8))
+        assert cli.main(["classify", str(files[7]), "--target", server.target, "--top", "4"]) == 0
+    assert capsys.readouterr().out.split()[1::2] == ["dog", "cat"]
+
+
 def test_what_an_older_server_does_not_say_is_null(
     fakes: Fakes, files: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

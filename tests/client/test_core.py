@@ -167,6 +167,15 @@ def test_a_prediction_prints_as_a_person_reads_it() -> None:
     assert repr(parse(answer(3))[0]) == "Prediction(digit=3, confidence=0.9100)"
 
 
+def test_a_prediction_prints_a_label_that_is_no_digit() -> None:
+    named = answer(3)
+    named.labels.extend(["T-shirt", "Trouser", "Pullover", "Dress", *[""] * 6])
+    assert repr(parse(named)[0]) == "Prediction(digit=3, label='Dress', confidence=0.9100)"
+    nameless = answer(7)
+    nameless.labels.extend(named.labels)
+    assert repr(parse(nameless)[0]) == "Prediction(digit=7, confidence=0.9100)"
+
+
 @pytest.mark.parametrize("threshold", [None, 0.0, -2.5])
 def test_a_model_has_a_digit_threshold_or_none(threshold: float | None) -> None:
     assert _core.parse_model(pb.GetModelResponse(digit_threshold=threshold)).digit_threshold == threshold

@@ -202,6 +202,8 @@ def test_a_manifest_nested_beyond_reason_is_refused(weights: Path) -> None:
         ("digit_threshold", True),
         ("digit_threshold", float("nan")),
         ("digit_threshold", float("-inf")),
+        ("digit_threshold", 1e300),
+        ("digit_threshold", -3.5e38),
         ("labels", "0123456789"),
         ("labels", ["0", "1"]),
         ("labels", list(range(10))),
@@ -210,6 +212,8 @@ def test_a_manifest_nested_beyond_reason_is_refused(weights: Path) -> None:
         ("sha256", None),
         ("dataset", ["MNIST"]),
         ("dataset", None),
+        ("dataset", "M" * 101),
+        ("dataset", "a\nb"),
         ("test_accuracy", 98.7),
         ("test_accuracy", -0.1),
         ("test_accuracy", "0.98"),
@@ -226,6 +230,29 @@ def test_a_bad_field_of_a_manifest_is_named_with_its_value(key: str, value: obje
     message = str(refused.value)
     assert f"mnist_model.json: {key} is " in message
     assert repr(value)[:20] in message
+
+
+@pytest.mark.parametrize("label", ["a" * 101, "b" * 100_000, "\ud800", "two\nlines", "\x1b[31mred", "tab\t"])
+def test_a_label_that_cannot_be_shown_or_sent_is_named_with_the_rule(label: str, weights: Path) -> None:
+    torch.save(state(), weights)
+    manifest_path(weights).write_text(json.dumps({"labels": [*"012345678", label]}))
+    with pytest.raises(InvalidCheckpoint, match="is empty or a text of 1 to 100 printable characters") as refused:
+        load_checkpoint(weights)
+    assert f"not one of {len(label)} that begins with {label[:20]!r}" in str(refused.value)
+    assert len(str(refused.value)) < 500
+
+
+def test_labels_of_any_script_are_taken_and_empty_ones_where_there_is_no_class(weights: Path) -> None:
+    labels = ("a" * 100, "七", "семь", "T-shirt/top", "👟", *[""] * 5)
+    save_checkpoint(weights, ImprovedNN(), Manifest(labels=labels))
+    assert load_checkpoint(weights).manifest.labels == labels
+
+
+def test_of_a_wrong_value_the_message_repeats_the_beginning(weights: Path) -> None:
+    torch.save(state(), weights)
+    manifest_path(weights).write_text(json.dumps({"dataset": "M" * 100_000}))
+    with pytest.raises(InvalidCheckpoint, match=r"not 'M{199}\.\.\.$"):
+        load_checkpoint(weights)
 
 
 # Weights that are refused ---------------------------------------------------

@@ -155,6 +155,26 @@ def test_a_network_that_was_never_trained_is_not_served(tmp_path: Path) -> None:
         load_classifier(take_snapshot(weights), max_batch_size=4)
 
 
+@pytest.mark.parametrize("threshold", [1000.0, 1e38])
+def test_a_model_that_takes_most_golden_digits_for_none_is_not_served(tmp_path: Path, threshold: float) -> None:
+    weights = tmp_path / "mnist_model.pth"
+    save_checkpoint(weights, load_checkpoint(EMBEDDED_WEIGHTS).network, Manifest(digit_threshold=threshold))
+    with pytest.raises(
+        UnfitModel, match="at most 50% of the 20 golden digits for no digit, this one takes 20: "
+    ) as told:
+        load_classifier(take_snapshot(weights), max_batch_size=4)
+    assert f"the digit_threshold of {threshold:g} in its manifest is too high" in str(told.value)
+
+
+def test_a_threshold_that_half_of_the_golden_digits_reach_will_do(tmp_path: Path, golden: Golden) -> None:
+    weights = tmp_path / "mnist_model.pth"
+    network = load_checkpoint(EMBEDDED_WEIGHTS).network
+    save_checkpoint(weights, network, Manifest())
+    scores = load_classifier(take_snapshot(weights), max_batch_size=4).predict(golden[0]).digit_scores
+    save_checkpoint(weights, network, Manifest(digit_threshold=float(np.median(scores))))
+    load_classifier(take_snapshot(weights), max_batch_size=4)
+
+
 def test_a_network_whose_answers_are_not_finite_is_not_served() -> None:
     classifier = load_classifier(take_snapshot(EMBEDDED_WEIGHTS), max_batch_size=4)
     with torch.no_grad():

@@ -30,7 +30,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def torchvision() -> None:
-    """For tests that read files: only torchvision's own files do."""
+    """For tests of downloads, which torchvision does."""
     try:
         import torchvision.datasets  # noqa: F401
     except (ImportError, RuntimeError) as error:

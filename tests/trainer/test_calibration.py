@@ -60,3 +60,11 @@ def test_the_interval_is_wilsons() -> None:
     assert (round(low, 5), round(high, 5)) == (0.99341, 0.99621)
     assert wilson_interval(10, 10)[1] == pytest.approx(1)
     assert wilson_interval(0, 10)[0] == pytest.approx(0)
+
+
+def test_the_interval_is_a_share_and_never_minus_nothing() -> None:
+    for total in range(1, 300):
+        low, high = wilson_interval(0, total)[0], wilson_interval(total, total)[1]
+        assert f"{low:.2%} {high:.2%}" == "0.00% 100.00%"
+        assert low >= 0
+        assert high <= 1

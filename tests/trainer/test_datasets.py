@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import logging
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from digits.preprocessing import to_pixels
 from server.golden import golden_digits
 from trainer.cli import main
 from trainer.data import DIGITS, DataError
-from trainer.datasets import FASHION, load_data, load_folder
+from trainer.datasets import EMNIST_DIGITS, FASHION, FASHION_MNIST, KMNIST, QMNIST, load_data, load_folder
 
 WriteMnist = Callable[..., dict[str, npt.NDArray[np.uint8]]]
 
@@ -29,7 +31,6 @@ def write_idx(path: Path, array: npt.NDArray[np.integer]) -> None:
     path.write_bytes(struct.pack(f">{1 + array.ndim}i", kind << 8 | array.ndim, *array.shape) + big_endian.tobytes())
 
 
-@pytest.mark.usefixtures("torchvision")
 @pytest.mark.parametrize(
     ("dataset", "folder", "label"), [("fashion-mnist", "FashionMNIST", "Bag"), ("kmnist", "KMNIST", "ya")]
 )
@@ -44,7 +45,6 @@ def test_mnists_kin_is_read_with_its_labels(
     assert (data.name, data.labels[8 if label == "Bag" else 7]) == (folder, label)
 
 
-@pytest.mark.usefixtures("torchvision")
 def test_emnists_columns_become_rows(tmp_path: Path) -> None:
     images = np.random.default_rng(1).integers(0, 256, (20, 28, 28), dtype=np.uint8)
     for part in ("train", "test"):
@@ -55,7 +55,6 @@ def test_emnists_columns_become_rows(tmp_path: Path) -> None:
     assert data.labels == DIGITS
 
 
-@pytest.mark.usefixtures("torchvision")
 def test_of_qmnists_labels_the_first_is_the_digit(tmp_path: Path) -> None:
     images = np.random.default_rng(1).integers(0, 256, (20, 28, 28), dtype=np.uint8)
     labels = np.stack([np.arange(20) % 10, *[np.full(20, 99)] * 7], axis=1).astype(np.int32)
@@ -67,10 +66,83 @@ def test_of_qmnists_labels_the_first_is_the_digit(tmp_path: Path) -> None:
     assert data.test.labels.tolist() == [*range(10)] * 2
 
 
+KIN = {
+    "fashion-mnist": (FASHION_MNIST, "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"),
+    "kmnist": (KMNIST, "http://codh.rois.ac.jp/kmnist/dataset/kmnist/"),
+    "emnist-digits": (EMNIST_DIGITS, "https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip"),
+    "qmnist": (QMNIST, "https://raw.githubusercontent.com/facebookresearch/qmnist/master/"),
+}
+
+
+@pytest.mark.parametrize("dataset", KIN)
+def test_what_is_missing_is_named_with_the_folder_and_where_it_comes_from(tmp_path: Path, dataset: str) -> None:
+    source, address = KIN[dataset]
+    raw = tmp_path / source.name / "raw"
+    write_idx(raw / source.files[0], np.zeros((1, 28, 28), np.uint8))
+    with pytest.raises(DataError, match=rf"^{source.name} is not complete, and .*--no-download") as caught:
+        load_data(dataset, tmp_path, download=False)
+    message = str(caught.value)
+    assert str(raw) in message
+    assert all(f"  {file}\n" in message for file in source.files[1:])
+    assert source.files[0] not in message
+    assert f"--data-dir to the folder that holds {source.name}/raw" in message
+    if address.endswith(".zip"):
+        assert f"  curl -fL --create-dirs -o {raw}/gzip.zip {address}" in message
+        members = " ".join(f"'*/{file}.gz'" for file in source.files[1:])
+        assert f"  unzip -j {raw}/gzip.zip {members} -d {raw}" in message
+    else:
+        for file in source.files[1:]:
+            assert f"  curl -fL --create-dirs -o {raw / file}.gz {address}{file}.gz" in message
+
+
 @pytest.mark.usefixtures("torchvision")
-@pytest.mark.parametrize("dataset", ["fashion-mnist", "kmnist", "emnist-digits", "qmnist"])
-def test_what_is_missing_is_named_with_the_folder(tmp_path: Path, dataset: str) -> None:
-    with pytest.raises(DataError, match=rf"is not complete in {tmp_path}/\w+.*--no-download.*\nPoint --data-dir"):
+@pytest.mark.parametrize("dataset", KIN)
+def test_the_files_and_addresses_are_torchvisions(dataset: str) -> None:
+    import torchvision.datasets
+
+    source, address = KIN[dataset]
+    kind = getattr(torchvision.datasets, source.name)
+    if dataset == "emnist-digits":
+        assert address == kind.url
+    elif dataset == "qmnist":
+        assert [f"{address}{file}.gz" for file in source.files] == [
+            url for part in ("train", "test") for url, _ in kind.resources[part]
+        ]
+    else:
+        assert address in kind.mirrors
+        assert [f"{file}.gz" for file in source.files] == [file for file, _ in kind.resources]
+    assert source.labels == (tuple(kind.classes) if dataset in ("fashion-mnist", "kmnist") else DIGITS)
+
+
+@pytest.mark.parametrize("dataset", KIN)
+def test_packed_files_will_do_for_mnists_kin_too_and_are_checked_as_well(tmp_path: Path, dataset: str) -> None:
+    source, address = KIN[dataset]
+    raw = tmp_path / source.name / "raw"
+    labels = np.arange(20) % 10
+    for images_file, labels_file in (source.files[:2], source.files[2:]):
+        write_idx(raw / images_file, np.ones((20, 28, 28), np.uint8))
+        long = np.stack([labels] * 8, axis=1).astype(np.int32)
+        write_idx(raw / labels_file, long if dataset == "qmnist" else labels.astype(np.uint8))
+        (raw / f"{images_file}.gz").write_bytes(gzip.compress((raw / images_file).read_bytes()))
+        (raw / images_file).unlink()
+    data = load_data(dataset, tmp_path, download=False)
+    assert data.train.labels.tolist() == data.test.labels.tolist() == labels.tolist()
+    assert data.test.labels.dtype == torch.int64
+    assert data.test.pixels.dtype == torch.uint8
+
+    wrong = long.copy() if dataset == "qmnist" else labels.astype(np.uint8)
+    wrong[4] = 11
+    write_idx(raw / source.files[3], wrong)
+    with pytest.raises(DataError, match=rf"{source.files[3]}: .* labels are 0 to 9, these are 0 to 11\n") as caught:
+        load_data(dataset, tmp_path, download=False)
+    assert address in str(caught.value)
+    write_idx(raw / source.files[3], wrong[:7])
+    with pytest.raises(DataError, match="there are 20 images and 7 labels"):
+        load_data(dataset, tmp_path, download=False)
+    (raw / f"{source.files[0]}.gz").write_bytes(gzip.compress(b"<html>"))
+    with pytest.raises(
+        DataError, match=rf"{source.files[0]}.gz: damaged or no part of {source.name}: .*page of the web"
+    ):
         load_data(dataset, tmp_path, download=False)
 
 
@@ -118,11 +190,12 @@ class TestFolder:
     def test_parts_that_are_given_are_kept(self, pictures: Path, tmp_path: Path) -> None:
         (tmp_path / "both").mkdir()
         pictures.rename(tmp_path / "both" / "train")
-        (tmp_path / "both" / "test" / "7").mkdir(parents=True)
-        some = next((tmp_path / "both" / "train" / "7").iterdir())
-        some.rename(tmp_path / "both" / "test" / "7" / some.name)
+        for digit in DIGITS:
+            (tmp_path / "both" / "test" / digit).mkdir(parents=True)
+            some = next((tmp_path / "both" / "train" / digit).iterdir())
+            some.rename(tmp_path / "both" / "test" / digit / some.name)
         data = load_folder(tmp_path / "both")
-        assert (len(data.train), data.test.labels.tolist()) == (99, [7])
+        assert (len(data.train), data.test.labels.tolist()) == (90, [*range(10)])
 
     def test_other_classes_have_their_names(self, pictures: Path) -> None:
         for number, name in ((3, "three"), (4, "four")):
@@ -139,18 +212,84 @@ class TestFolder:
             ([], r"2 to 10 classes, with the pictures in it, not 0"),
             (["a/x.png"], r"2 to 10 classes, with the pictures in it, not 1: a"),
             ([f"{letter}/x.png" for letter in "abcdefghijk"], r"not 11: a, b, c"),
-            (["0/x.txt", "1/y.txt"], r"no class has a picture in it \(.png, .jpg"),
-            (["0/broken.png", "1/y.png"], r"broken.png: .*no image file of a known format"),
+            (["0/x.txt", "1/y.txt"], r"/0: a class has 2 pictures or more \(.png, .jpg.*, and this one has 0"),
+            (["0/a.png", "0/b.png", "1/y.png"], r"/1: .* one to learn from and one for the test, and this one has 1"),
+            (["0/a.png", "0/b.png", "1/.y.png", "1/sub"], r"/1: a class has 2 .*, and this one has 0"),
+            (["0/broken.png", "0/a.png", "1/x.png", "1/y.png"], r"a.png: .*no image file of a known format"),
+            (["train/0/a.png", "train/1/a.png"], r"has the part train, but no .*/test beside it"),
+            (["train/0/a.png", "train/1/a.png", "valid/0/a.png"], r"has the part train, but no .*/test beside it"),
+            (["test/0/a.png", "test/1/a.png"], r"has the part test, but no .*/train beside it"),
+            (["train/0/a.png", "train/1/a.png", "test/0/a.png"], r"is in train and test, but there is no 1 in .*/test"),
+            (["train/0/a.png", "test/1/a.png", "test/0/a.png"], r"is in train and test, but there is no 1 in .*/train"),
+            (
+                ["train/0/a.png", "train/1/a.png", "test/0/a.png", "test/1/a"],
+                r"/test/1: a class has 1 pictures or more",
+            ),
+            (
+                ["a" * 101 + "/x.png", "b/y.png"],
+                r"has at most 100 printable characters, not 101: 'aaaaaaaaaaaaaaaaaaaa'",
+            ),
+            (["a\nb/x.png", "b/y.png"], r"that of its class, and has at most 100 printable characters, not 3: 'a\\nb'"),
+            (["\udcff/x.png", "b/y.png"], r"at most 100 printable characters, not 1: '\\udcff'"),
         ],
     )
     def test_what_is_no_such_folder_is_refused_with_the_rule(
         self, tmp_path: Path, files: list[str], message: str
     ) -> None:
         for file in files:
-            (tmp_path / file).parent.mkdir(exist_ok=True)
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / file).write_bytes(b"no picture")
         with pytest.raises(DataError, match=message):
             load_folder(tmp_path)
+
+    def test_names_with_a_dot_before_them_are_passed_over(self, pictures: Path) -> None:
+        (pictures / ".ipynb_checkpoints").mkdir()
+        (pictures / "3" / ".hidden.png").write_bytes(b"no picture")
+        data = load_folder(pictures)
+        assert len(data.train) + len(data.test) == 100
+        assert data.labels == DIGITS
+
+    def test_files_that_are_not_read_are_told_in_one_line(
+        self, pictures: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (pictures / "3" / "photo.heic").write_bytes(b"")
+        (pictures / "4" / "more").mkdir()
+        next((pictures / "4").glob("*.png")).rename(pictures / "4" / "more" / "four.png")
+        (pictures / ".hidden").write_bytes(b"")
+        with caplog.at_level(logging.WARNING):
+            load_folder(pictures)
+        (message,) = caplog.messages
+        assert f"{pictures}: files that are not read: 3, such as 3/photo.heic; pictures lie in the folder of" in message
+
+    def test_of_each_class_some_are_for_the_test_and_some_are_not(self, pictures: Path) -> None:
+        for folder in pictures.glob("?"):
+            for number, path in enumerate(sorted(folder.iterdir())):
+                if number > 2:
+                    path.unlink()
+        data = load_folder(pictures)
+        assert set(data.test.labels.tolist()) == set(data.train.labels.tolist()) == {*range(10)}
+        assert len(data.test) + len(data.train) == 30
+
+    def test_a_class_may_be_called_train(self, pictures: Path) -> None:
+        (pictures / "7").rename(pictures / "train")
+        assert "train" in load_folder(pictures).labels
+
+    def test_a_training_on_few_digits_leaves_out_what_cannot_be_made_of_them(
+        self, pictures: Path, tmp_path: Path
+    ) -> None:
+        for other in "23456789":
+            (pictures / other).rename(pictures.parent / other)
+        flags = ["--dataset", f"folder:{pictures}", "--out", str(tmp_path / "run"), "--epochs", "1"]
+        assert main([*flags, "--teacher", "none", "--validation-size", "5"]) == 0
+
+    def test_a_path_that_is_empty_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"--dataset folder:PATH names a folder after the colon, and there is"):
+            load_data("folder:", tmp_path)
+
+    def test_a_folders_name_becomes_the_data_sets(self, tmp_path: Path) -> None:
+        (tmp_path / "a\nb").mkdir()
+        with pytest.raises(DataError, match="the folder's name becomes the data set's, and has at most 100 printable"):
+            load_folder(tmp_path / "a\nb")
 
     def test_a_folder_that_is_none_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"takes a folder, and .*none is none"):

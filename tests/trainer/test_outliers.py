@@ -7,9 +7,9 @@ import torch
 
 from digits.checkpoint import load_checkpoint
 from server.settings import EMBEDDED_WEIGHTS
-from trainer.data import Data
+from trainer.data import Data, LabelledPixels
 from trainer.evaluation import read
-from trainer.outliers import GLYPHS, KINDS, draw_outliers
+from trainer.outliers import GLYPHS, KINDS, _pairs, draw_outliers, kinds_of
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -31,6 +31,42 @@ def test_all_kinds_occur_as_often_and_the_same_seed_gives_the_same(digits_data: 
     assert made[0].shape == (len(KINDS) * 5, 784)
     assert torch.equal(made[0], made[1])
     assert not torch.equal(made[0], made[2])
+
+
+@pytest.mark.parametrize(
+    ("there", "lacking"),
+    [
+        ({*range(10)}, set()),
+        ({2, 3}, set()),
+        ({0, 1}, {"overlaid", "turned"}),
+        ({0, 8}, {"turned"}),
+        ({2, 5}, {"turned"}),
+        ({1, 7}, {"overlaid"}),
+        ({4}, {"overlaid", "side_by_side"}),
+        ({1}, {"overlaid", "side_by_side", "turned"}),
+    ],
+)
+def test_kinds_that_cannot_be_made_of_the_digits_that_are_there_are_left_out(
+    digits_data: Data, there: set[int], lacking: set[str]
+) -> None:
+    some = digits_data.train[torch.isin(digits_data.train.labels, torch.tensor(sorted(there)))][:40]
+    assert set(kinds_of(some)) == set(KINDS) - lacking
+    torch.manual_seed(1)
+    assert draw_outliers(50, some).shape == (50, 784)
+
+
+def test_one_image_of_each_of_two_digits_is_enough(digits_data: Data) -> None:
+    rows = [int(torch.nonzero(digits_data.train.labels == digit)[0]) for digit in (3, 4)]
+    assert draw_outliers(50, digits_data.train[torch.tensor(rows)]).shape == (50, 784)
+
+
+def test_pairs_are_of_different_digits_however_many_there_are_of_each() -> None:
+    labels = torch.tensor([2] * 90 + [3] + [5] * 9)[torch.randperm(100, generator=torch.Generator().manual_seed(1))]
+    digits = LabelledPixels(labels[:, None].expand(-1, 784).to(torch.uint8), labels)
+    torch.manual_seed(1)
+    first, second = _pairs(1000, digits)
+    assert (first != second).all()
+    assert set(first.flatten().tolist()) == set(second.flatten().tolist()) == {2, 3, 5}
 
 
 def test_no_glyph_could_be_a_digit() -> None:

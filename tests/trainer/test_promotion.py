@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,13 @@ from digits.checkpoint import InvalidCheckpoint, Manifest, load_checkpoint, mani
 from digits.network import ImprovedNN
 from trainer.cli import main
 from trainer.promotion import NotPromoted, promote
+from trainer.settings import InvalidSetting
 
 
-def weights(path: Path, accuracy: float | None, dataset: str = "MNIST") -> Path:
-    save_checkpoint(path, ImprovedNN(), Manifest(test_accuracy=accuracy, dataset=dataset))
+def weights(
+    path: Path, accuracy: float | None, dataset: str = "MNIST", labels: tuple[str, ...] = Manifest.labels
+) -> Path:
+    save_checkpoint(path, ImprovedNN(), Manifest(test_accuracy=accuracy, dataset=dataset, labels=labels))
     return path
 
 
@@ -47,6 +51,33 @@ def test_others_do_not_unless_forced(
     assert (in_place.read_bytes(), manifest_path(in_place).read_bytes()) == before
     promote(candidate, in_place, force=True)
     assert in_place.read_bytes() == candidate.read_bytes()
+
+
+@pytest.mark.parametrize("has_manifest", [True, False])
+def test_other_classes_do_not_take_the_place_of_digits(has_manifest: bool, tmp_path: Path) -> None:
+    letters = weights(tmp_path / "new.pth", 0.99, labels=tuple("abcdefghij"))
+    in_place = weights(tmp_path / "old.pth", 0.9)
+    if not has_manifest:
+        manifest_path(in_place).unlink()
+    with pytest.raises(NotPromoted, match=r"are a, b, .*, and those of the one in place are 0, 1, .*--force"):
+        promote(letters, in_place)
+    promote(letters, in_place, force=True)
+    assert load_checkpoint(in_place).manifest.labels == tuple("abcdefghij")
+
+
+@pytest.mark.parametrize("tolerance", [math.nan, math.inf, 5, -1])
+def test_a_tolerance_is_a_share(tolerance: float, tmp_path: Path) -> None:
+    new = weights(tmp_path / "new.pth", 0.1)
+    with pytest.raises(InvalidSetting, match=f"--tolerance is from 0 to 1, not {tolerance}"):
+        promote(new, tmp_path / "old.pth", tolerance)
+    assert not (tmp_path / "old.pth").exists()
+
+
+def test_weights_do_not_go_where_their_manifest_belongs(tmp_path: Path) -> None:
+    new = weights(tmp_path / "new.pth", 0.9)
+    with pytest.raises(InvalidSetting, match=r"--to is the path of a weights file.*, not .*old\.json"):
+        promote(new, tmp_path / "old.json")
+    assert not (tmp_path / "old.json").exists()
 
 
 def test_a_bare_state_dict_gets_a_manifest_of_its_own(tmp_path: Path) -> None:

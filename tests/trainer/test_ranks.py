@@ -22,6 +22,8 @@ from trainer.ranks import Ranks
 from trainer.settings import InvalidSetting, TrainingSettings
 from trainer.training import train
 
+pytestmark = pytest.mark.timeout(300)  # starts of several processes, which all tests but the first find done
+
 ROOT = Path(__file__).parents[2]
 
 EXACT = TrainingSettings(
@@ -29,7 +31,7 @@ EXACT = TrainingSettings(
     batch_size=61,
     learning_rate=0.005,
     momentum=0,
-    validation_size=201,
+    validation_size=101,
     warmup_epochs=0.5,
     normalise=False,
     bfloat16=False,
@@ -40,12 +42,13 @@ EXACT = TrainingSettings(
 )
 """Nothing in it is drawn by each process for itself. The numbers of images are odd, so that shares differ."""
 
-FLAGS = ["--dataset", "folder:pictures", "--validation-size", "31", "--epochs", "2", "--lessons", "2"]
+FLAGS = ["--dataset", "folder:pictures", "--validation-size", "15", "--epochs", "2", "--lessons", "1"]
 
 TOGETHER = """
-import dataclasses, sys
+import contextlib, dataclasses, sys
 import torch
-from tests.trainer.test_ranks import EXACT
+from tests.trainer.test_ranks import EXACT, FLAGS
+from trainer import cli
 from trainer.ranks import joined
 from trainer.training import train
 
@@ -69,7 +72,14 @@ with joined() as ranks:
         "resumed": resumed.network.state_dict(),
         "processes": 1 + len(states[0]["others"]),
     }, f"{folder}/{ranks.number}.pt")
+
+    cli.joined = lambda: contextlib.nullcontext(ranks)  # one start for all that these processes do
+    for arguments in (["--out", "run", *FLAGS], ["--resume", "stopped"]):
+        if status := cli.main(arguments):
+            sys.exit(status)
 """
+"""What two processes do that are not disturbed: trainings by the function, then by the command one that is whole and
+one that had been stopped."""
 
 ONE_FAILS = """
 from trainer.data import DataError
@@ -108,14 +118,47 @@ def torchrun(*arguments: str | Path, folder: Path) -> tuple[int, str, str]:
     return finished(start(*arguments, folder=folder))
 
 
-def test_two_processes_make_the_weights_that_one_makes_and_go_on_to_the_same(digits_data: Data, tmp_path: Path) -> None:
-    (tmp_path / "together.py").write_text(TOGETHER)
-    torch.save(digits_data, tmp_path / "data.pt")
-    status, _, err = torchrun("together.py", tmp_path, folder=tmp_path)
+@pytest.fixture(scope="module")
+def few(digits_data: Data) -> Data:
+    return Data(digits_data.train[:500], digits_data.test[:100])
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of a pupil whose teacher is trained first, of pictures, stopped by Ctrl-C; and what was said then."""
+    folder = tmp_path_factory.mktemp("together")
+    for number in range(80):
+        path = folder / "pictures" / str(number % 10) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture = Image.new("L", (28, 28))
+        picture.paste(200 + number // 2, (8, 4, 11 + number % 10, 24))
+        picture.save(path)
+    process = start("-m", "trainer", "--out", "stopped", *FLAGS, folder=folder)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if " 1/2 " in line:
+            break
+    process.send_signal(signal.SIGINT)
+    return folder / "stopped", finished(process)[2]
+
+
+@pytest.fixture(scope="module")
+def whole(stopped: tuple[Path, str], few: Data) -> Path:
+    """What `TOGETHER` makes: a run as the one that was stopped, and the end of that one."""
+    folder = stopped[0].parent
+    (folder / "together.py").write_text(TOGETHER)
+    torch.save(few, folder / "data.pt")
+    status, out, err = torchrun("together.py", folder, folder=folder)
     assert status == 0, err
-    alone = train(EXACT, digits_data)
+    out = out[: out.index("--weights run/mnist_model.pth")]
+    assert out.count(" 1/2 ") == out.count(" 2/2 ") == out.count("test accuracy") == 2, "the teacher's and the pupil's"
+    return folder / "run"
+
+
+def test_two_processes_make_the_weights_that_one_makes_and_go_on_to_the_same(few: Data, whole: Path) -> None:
+    alone = train(EXACT, few)
     losses = [(epoch.train_loss, epoch.validation_loss) for epoch in alone.epochs]
-    made = [torch.load(tmp_path / f"{number}.pt", weights_only=True) for number in range(2)]
+    made = [torch.load(whole.parent / f"{number}.pt", weights_only=True) for number in range(2)]
     for process in made:
         # The same but for the order in which floating-point numbers are added, of which the steps make little here.
         torch.testing.assert_close(process["exact"], alone.network.state_dict(), rtol=1e-3, atol=1e-4)
@@ -123,22 +166,6 @@ def test_two_processes_make_the_weights_that_one_makes_and_go_on_to_the_same(dig
         assert process["processes"] == 2
         for name in ("whole", "resumed"):  # also where each process draws for itself
             assert all(torch.equal(process[name][key], made[0]["whole"][key]) for key in made[0]["whole"])
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of a pupil whose teacher is trained first, both by two processes, of pictures in a folder."""
-    folder = tmp_path_factory.mktemp("together")
-    for number in range(200):
-        path = folder / "pictures" / str(number % 10) / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture = Image.new("L", (28, 28))
-        picture.paste(200 + number // 4, (8, 4, 11 + number % 10, 24))
-        picture.save(path)
-    status, out, err = torchrun("-m", "trainer", "--out", "run", *FLAGS, folder=folder)
-    assert status == 0, err
-    assert out.count(" 1/2 ") == out.count(" 2/2 ") == out.count("test accuracy") == 2, "the teacher's and the pupil's"
-    return folder / "run"
 
 
 def test_the_command_trains_teacher_and_pupil_in_two_processes_of_which_one_tells(whole: Path) -> None:
@@ -149,29 +176,19 @@ def test_the_command_trains_teacher_and_pupil_in_two_processes_of_which_one_tell
     assert json.loads((whole / "run.json").read_text())["processes"] == 2
 
 
-@pytest.mark.timeout(300)
 def test_two_processes_go_on_after_ctrl_c_and_no_other_number_does(
-    whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    stopped: tuple[Path, str], whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = start("-m", "trainer", "--out", "stopped", *FLAGS, folder=whole.parent)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if " 1/2 " in line:
-            break
-    process.send_signal(signal.SIGINT)
-    _, _, err = finished(process)
+    run, err = stopped
     assert err.count("interrupted; what was learnt up to the last whole epoch is kept") == 1, err
     assert "-m trainer --resume stopped --data-dir data" in err
+    for name in ("teacher/mnist_model.pth", "mnist_model.pth"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
 
-    monkeypatch.chdir(whole.parent)
+    monkeypatch.chdir(run.parent)
     assert main(["--resume", "stopped"]) == 1
     message = "is a run of 2 processes that train together; it goes on with as many, not with 1"
     assert message in capsys.readouterr().err
-
-    status, _, err = torchrun("-m", "trainer", "--resume", "stopped", folder=whole.parent)
-    assert status == 0, err
-    for name in ("teacher/mnist_model.pth", "mnist_model.pth"):
-        assert (whole.parent / "stopped" / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_an_error_of_the_first_ends_all_and_is_told_once(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -104,6 +105,23 @@ def test_a_loss_that_is_no_number_stops_the_training(digits_data: Data) -> None:
     settings = dataclasses.replace(SHORT, learning_rate=1e20)
     with pytest.raises(TrainingDiverged, match=r"the loss is (nan|inf) in epoch 1, step \d+ of 41.*--learning-rate"):
         train(settings, digits_data)
+
+
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        ({"weight_decay": 1e10, "teacher": "none"}, r"--learning-rate \(0.05\) or --weight-decay \(1e\+10\)$"),
+        (
+            {"weight_decay": 1e10, "softness": 1e-300},
+            r".*--weight-decay \(1e\+10\), or a greater --softness \(1e-300\)$",
+        ),
+    ],
+)
+def test_the_advice_names_all_settings_that_may_be_the_cause(
+    digits_data: Data, change: dict[str, Any], advice: str
+) -> None:
+    with pytest.raises(TrainingDiverged, match=f"training has come apart; try a smaller {advice}"):
+        train(dataclasses.replace(SHORT, **change), digits_data)
 
 
 def test_a_last_step_that_spoils_the_weights_is_noticed_too(digits_data: Data) -> None:

@@ -20,7 +20,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from digits.checkpoint import Manifest, load_checkpoint, save_checkpoint
 from digits.network import ImprovedNN
+from trainer import cli
 from trainer.cli import main
+from trainer.data import Data
+from trainer.settings import settings_from
+from trainer.training import validation_size_for
 
 ROOT = Path(__file__).parents[2]
 WriteMnist = Callable[..., dict[str, np.ndarray]]
@@ -48,6 +52,7 @@ def test_training_from_a_shell_writes_a_model_that_loads_and_says_how_to_serve_i
     assert "steps" not in done.stderr, "no progress bar where stderr is no terminal"
     assert " 1/2 " in done.stdout
     assert " 2/2 " in done.stdout
+    assert "Perhaps no server takes it: a model has to read 90% of the server's own test digits." in done.stdout
     assert done.stdout.rstrip().endswith("mnist-grpc-server --weights 'out dir/mnist_model.pth'")
     out = tmp_path / "out dir"
     files = {path.name for path in out.iterdir()}
@@ -139,6 +144,94 @@ def test_a_teacher_that_is_none_is_named(teacher: str, tmp_path: Path, capsys: p
 
 
 @pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Of three classes that are no digits, 40 in all."""
+    for number in range(40):
+        path = tmp_path / "pictures" / "abc"[number % 3] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture = Image.new("L", (28, 28))
+        picture.paste(200 + number, (8, 4, 11 + number % 3 * 4, 24))
+        picture.save(path)
+    return tmp_path / "pictures"
+
+
+def of_letters(path: Path, labels: str) -> Path:
+    save_checkpoint(path, ImprovedNN(), Manifest(labels=(*labels, *[""] * (10 - len(labels)))))
+    return path
+
+
+def test_of_few_images_a_tenth_is_held_back_and_the_run_holds_the_number(
+    tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    flags = ["--dataset", f"folder:{pictures}", "--teacher", "none", "--epochs", "1", "--batch-size", "8"]
+    assert main([*flags, "--out", str(out)]) == 0
+    images = load_checkpoint(out / "mnist_model.pth").manifest.training["images"]
+    assert images["validation"] == (images["train"] + images["validation"]) // 10 >= 1
+    assert settings_from(out / "settings.toml").validation_size == images["validation"]
+    assert main(["--resume", str(out)]) == 0
+
+    assert main([*flags, "--out", str(tmp_path / "other"), "--validation-size", "5000"]) == 1
+    assert "--validation-size is below the number of training images" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(("images", "held_back"), [(60_000, 5000), (1438, 143), (40, 4), (3, 1)])
+def test_mnist_keeps_its_validation_images(images: int, held_back: int) -> None:
+    assert validation_size_for(images) == held_back
+
+
+def test_a_teacher_of_other_things_is_refused(
+    tmp_path: Path, pictures: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    letters = of_letters(tmp_path / "letters.pth", "abcd")
+    teachers = f"{letters}, {weights}"
+    out = tmp_path / "run"
+    assert main(["--dataset", f"folder:{pictures}", "--teacher", teachers, "--out", str(out)]) == 1
+    message = f"the data set, a, b, c (pictures), and {weights} has 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_weights_are_not_measured_on_other_things(
+    tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate = ["evaluate", "--dataset", f"folder:{pictures}", "--weights"]
+    assert main([*evaluate, str(of_letters(tmp_path / "letters.pth", "abcd"))]) == 0
+    other = of_letters(tmp_path / "other.pth", "acb")
+    capsys.readouterr()
+    assert main([*evaluate, str(other)]) == 1
+    message = f"the classes of {other} are a, c, b, and those of pictures are a, b, c; --dataset names the data set"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("named", "read"),
+    [
+        ("", "mnist"),
+        ("MNIST", "mnist"),
+        ("FashionMNIST", "fashion-mnist"),
+        ("EMNIST", "emnist-digits"),
+        ("my", "mnist"),
+    ],
+)
+def test_evaluation_takes_the_data_set_that_the_manifest_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits_data: Data, named: str, read: str
+) -> None:
+    asked: list[str] = []
+
+    def load(dataset: str, *_: object) -> Data:
+        asked.append(dataset)
+        return digits_data
+
+    monkeypatch.setattr(cli, "load_data", load)
+    save_checkpoint(tmp_path / "x.pth", ImprovedNN(), Manifest(dataset=named))
+    assert main(["evaluate", "--weights", str(tmp_path / "x.pth")]) == 0
+    assert main(["evaluate", "--weights", str(tmp_path / "x.pth"), "--dataset", "qmnist"]) == 0
+    assert asked == [read, "qmnist"]
+
+
+@pytest.fixture
 def weights(tmp_path: Path) -> Path:
     path = tmp_path / "weights" / "mnist_model.pth"
     save_checkpoint(path, ImprovedNN(), Manifest())
@@ -181,7 +274,12 @@ def test_evaluation_speaks_json_and_writes_where_it_is_told(
         (["train", "--epochs", "ten"], "--epochs: takes a whole number, not 'ten'"),
         (["--learning-rate", "fast"], "--learning-rate: takes a number, not 'fast'"),
         (["--momentum", "1"], "--momentum is from 0 to below 1, not 1.0"),
-        (["--threads", "0"], "--threads is 1 or more, not 0"),
+        (["--threads", "0"], "--threads is from 1 to 1024, not 0"),
+        (["--threads", "1000000000000"], "--threads is from 1 to 1024, not 1000000000000"),
+        (["evaluate", "--weights", "w.pth", "--threads", "1025"], "--threads is from 1 to 1024, not 1025"),
+        (["--warmup-epochs", "1e308"], "--warmup-epochs is from 0 to 1000000, not 1e+308"),
+        (["--out", ""], "--out: takes a path, not ''"),
+        (["promote", "run", "--to", "x.pth", "--tolerance", "nan"], "--tolerance is from 0 to 1, not nan"),
         (["--device", "tpu"], "--device: takes cpu, cuda, cuda:N or mps, not 'tpu'"),
         (["--device", "cuda:99"], "--device is one that torch can use here, not cuda:99: "),
         (["--architecture", "LeNet"], "invalid choice: 'LeNet'"),
@@ -248,6 +346,28 @@ def test_help_is_the_manual(arguments: list[str], capsys: pytest.CaptureFixture[
     manual = capsys.readouterr().out
     assert "--data-dir" in manual
     assert "(default: data)" in manual
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--help"], "With the defaults that takes about an hour on one core."),
+        (
+            ["--help"],
+            "python -m trainer evaluate --help, python -m trainer card --help, python -m trainer promote --help",
+        ),
+        (["evaluate", "--help"], "Measure weights on the test images of a data set"),
+        (["evaluate", "--help"], "write evaluation.json, report.html and its pictures to this folder"),
+        (
+            ["evaluate", "--help"],
+            "(default: the one that the weights' manifest names, if it is one of these, else mnist)",
+        ),
+    ],
+)
+def test_the_manual_tells_what_is_so(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert told in " ".join(capsys.readouterr().out.split())
 
 
 def test_importing_every_module_prints_nothing_and_starts_nothing() -> None:
