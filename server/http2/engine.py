@@ -3,9 +3,10 @@
 Why one of our own stands in docs/design.md, with figures. It is as much of
 HTTP/2 as gRPC needs: no push, no priorities, no upgrade. What it guards against:
 
-- A stream counts among the open ones until whoever works on it says that it is
-  done (`release`), reset or not; one too many is refused. So streams that are
-  opened and reset at once start no more work than others do.
+- A stream counts among the open ones until it is at its end, and until whoever
+  works on it says that it is done (`release`), reset or not; one too many is
+  refused. So streams that are opened and reset at once start no more work than
+  others do, and answers that nobody takes stay few.
 - The window of a stream is given back as its bytes are used (`consume`), so
   that a sender stops when nobody reads.
 - Header blocks, frames that bring nothing forward, and the sizes of all frames
@@ -43,7 +44,7 @@ MAX_CONTINUATIONS = 256
 """Frames that a block may be cut into behind the first."""
 
 MAX_IDLE_FRAMES = 10_000
-"""Frames in a row that bring nothing forward: no headers, no data, no window."""
+"""Frames in a row that bring nothing forward: no call, and no data in or out."""
 
 EVERY_STREAM = 2**31 - 1
 
@@ -51,13 +52,7 @@ _DATA, _HEADERS, _PRIORITY, _RST_STREAM, _SETTINGS, _PUSH_PROMISE, _PING, _GOAWA
     range(10)
 )
 _END_STREAM, _ACK, _END_HEADERS, _PADDED, _WITH_PRIORITY = 1, 1, 4, 8, 32
-_HEADER_TABLE_SIZE, _MAX_CONCURRENT_STREAMS, _INITIAL_WINDOW_SIZE, _MAX_FRAME_SIZE, _MAX_HEADER_LIST_SIZE = (
-    1,
-    3,
-    4,
-    5,
-    6,
-)
+_ENABLE_PUSH, _MAX_CONCURRENT_STREAMS, _INITIAL_WINDOW_SIZE, _MAX_FRAME_SIZE, _MAX_HEADER_LIST_SIZE = range(2, 7)
 _DEFAULT_WINDOW = 65535
 _HEAD = struct.Struct(">HBBBI")  # the length in two parts, the type, flags, the stream
 _HEAD_BYTES = _HEAD.size
@@ -236,10 +231,8 @@ class Engine:
         if kind == _HEADERS:
             self._take_headers(flags, number, payload)
             return
-        if kind != _WINDOW_UPDATE and kind != _CONTINUATION:
-            self._idle_frames += 1
-            if self._idle_frames > MAX_IDLE_FRAMES:
-                raise ProtocolBroken(ENHANCE_YOUR_CALM, "too many frames that bring nothing forward")
+        if kind != _CONTINUATION:
+            self._count_idle()
         if kind == _WINDOW_UPDATE:
             self._take_window_update(number, payload)
         elif kind == _RST_STREAM:
@@ -267,17 +260,14 @@ class Engine:
 
     def _take_data(self, flags: int, number: int, payload: bytes) -> None:
         size = len(payload)
-        if size:
-            self._idle_frames = 0
-            self._connection_credit += size  # nobody is stopped by this window
-            if self._connection_credit > CONNECTION_WINDOW // 2:
-                self._frame(_WINDOW_UPDATE, 0, 0, self._connection_credit.to_bytes(4))
-                self._connection_credit = 0
-        else:
-            self._count_idle()
+        self._connection_credit += size  # nobody is stopped by this window
+        if self._connection_credit > CONNECTION_WINDOW // 2:
+            self._frame(_WINDOW_UPDATE, 0, 0, self._connection_credit.to_bytes(4))
+            self._connection_credit = 0
         stream = self._streams.get(number)
         if stream is None or stream.closed_there:
-            _require(0 < number <= self.last_stream and number % 2 == 1, "DATA of a stream that was never opened")
+            self._require_opened(number, "DATA")
+            self._count_idle()
             if stream is not None:
                 self._break_stream(stream, STREAM_CLOSED)
             return  # of one that was reset a moment ago
@@ -286,21 +276,20 @@ class Engine:
             self._break_stream(stream, FLOW_CONTROL_ERROR)
             return
         if flags & _PADDED:
-            payload = self._unpadded(payload)
-            stream.credit += size - len(payload)
+            payload = _unpadded(payload)
+            self.consume(stream, size - len(payload))
         if payload:
+            self._idle_frames = 0
             self._sink.received(stream, payload)
-        if flags & _END_STREAM:
+        else:
+            self._count_idle()
+        if flags & _END_STREAM and not stream.closed_there:
             self._end_there(stream)
-
-    def _unpadded(self, payload: bytes) -> bytes:
-        _require(bool(payload) and payload[0] < len(payload), "padding that is longer than its frame")
-        return payload[1 : len(payload) - payload[0]]
 
     def _take_headers(self, flags: int, number: int, payload: bytes) -> None:
         _require(number % 2 == 1, "HEADERS of a stream that no client can open")
         if flags & _PADDED:
-            payload = self._unpadded(payload)
+            payload = _unpadded(payload)
         if flags & _WITH_PRIORITY:
             _require(len(payload) >= 5, "HEADERS without the priority that they announce", FRAME_SIZE_ERROR)
             payload = payload[5:]
@@ -342,7 +331,7 @@ class Engine:
             return
         self._idle_frames = 0
         self.last_stream = number
-        if number > self._closing_at or len(self._working) >= self._max_streams:
+        if number > self._closing_at or self._is_full():
             self._frame(_RST_STREAM, 0, number, REFUSED_STREAM.to_bytes(4))
             return
         if not head.is_request:
@@ -353,6 +342,9 @@ class Engine:
         stream.closed_there = ends
         self._sink.begun(stream, head)
 
+    def _is_full(self) -> bool:
+        return len(self._working) >= self._max_streams or len(self._streams) >= self._max_streams
+
     def _end_there(self, stream: Stream) -> None:
         stream.closed_there = True
         if stream.closed_here:
@@ -361,7 +353,7 @@ class Engine:
 
     def _take_reset(self, number: int, payload: bytes) -> None:
         _require(len(payload) == 4, "a RST_STREAM is of 4 bytes", FRAME_SIZE_ERROR)
-        _require(0 < number <= self.last_stream, "a RST_STREAM of a stream that was never opened")
+        self._require_opened(number, "RST_STREAM")
         if (stream := self._streams.get(number)) is not None:
             self._drop(stream)
             self._sink.reset(stream, int.from_bytes(payload))
@@ -372,17 +364,21 @@ class Engine:
             _require(not payload, "an answer to SETTINGS is empty", FRAME_SIZE_ERROR)
             return
         _require(len(payload) % 6 == 0, "SETTINGS are of 6 bytes each", FRAME_SIZE_ERROR)
+        window = self._initial_window
         for name, value in _SETTING.iter_unpack(payload):
             if name == _INITIAL_WINDOW_SIZE:
                 _require(value <= EVERY_STREAM, "a window of 2^31 bytes or more", FLOW_CONTROL_ERROR)
-                change = value - self._initial_window
-                self._initial_window = value
-                for stream in self._streams.values():
-                    stream.send_window += change
-                    _require(stream.send_window <= EVERY_STREAM, "a window of 2^31 bytes or more", FLOW_CONTROL_ERROR)
+                window = value
+            elif name == _ENABLE_PUSH:
+                _require(value <= 1, "pushes are enabled by 0 or 1")
             elif name == _MAX_FRAME_SIZE:
                 _require(16384 <= value <= 2**24 - 1, "frames are of 16384 to 16777215 bytes")
                 self._max_frame = min(value, MAX_FRAME_BYTES)
+        if change := window - self._initial_window:  # once, as a frame may hold thousands of them
+            self._initial_window = window
+            for stream in self._streams.values():
+                stream.send_window += change
+                _require(stream.send_window <= EVERY_STREAM, "a window of 2^31 bytes or more", FLOW_CONTROL_ERROR)
         self._frame(_SETTINGS, _ACK, 0, b"")
         self._send_blocked()
 
@@ -394,10 +390,9 @@ class Engine:
             self._send_window += increment
             _require(self._send_window <= EVERY_STREAM, "a window of 2^31 bytes or more", FLOW_CONTROL_ERROR)
         else:
-            _require(number <= self.last_stream, "a WINDOW_UPDATE of a stream that was never opened")
+            self._require_opened(number, "WINDOW_UPDATE")
             stream = self._streams.get(number)
             if stream is None:
-                self._count_idle()
                 return
             stream.send_window += increment
             if increment == 0 or stream.send_window > EVERY_STREAM:
@@ -405,8 +400,10 @@ class Engine:
                 return
         if self._blocked:
             self._send_blocked()
-        else:
-            self._count_idle()
+
+    def _require_opened(self, number: int, name: str) -> None:
+        if not 0 < number <= self.last_stream or number % 2 == 0:
+            raise ProtocolBroken(PROTOCOL_ERROR, f"a {name} of a stream that was never opened")
 
     def _count_idle(self) -> None:
         self._idle_frames += 1
@@ -437,9 +434,12 @@ class Engine:
             return
         size = len(data)
         if not stream.pending_bytes and size <= min(stream.send_window, self._send_window, self._max_frame):
+            self._idle_frames = 0
             stream.send_window -= size
             self._send_window -= size
             self._frame(_DATA, 0, stream.id, data)
+            return
+        if not size or stream.end_block is not None:
             return
         stream.pending.append(memoryview(data))
         stream.pending_bytes += size
@@ -472,9 +472,11 @@ class Engine:
         """So many bytes of the stream were used: the client may send as many more."""
         stream.credit += size
         if stream.credit >= STREAM_WINDOW // 2 and not stream.closed_there and not stream.closed_here:
-            self._frame(_WINDOW_UPDATE, 0, stream.id, stream.credit.to_bytes(4))
-            stream.receive_window += stream.credit
+            size = min(stream.credit, STREAM_WINDOW - stream.receive_window)  # never more than what came
             stream.credit = 0
+            if size:
+                stream.receive_window += size
+                self._frame(_WINDOW_UPDATE, 0, stream.id, size.to_bytes(4))
 
     def ping(self) -> None:
         """Ask the client whether it is there."""
@@ -482,8 +484,8 @@ class Engine:
 
     def goaway(self, last_stream: int, code: int = NO_ERROR, message: bytes = b"") -> None:
         """Tell the client that streams after this one are refused."""
-        self._closing_at = min(self._closing_at, last_stream)
-        self._frame(_GOAWAY, 0, 0, _PAIR.pack(last_stream, code) + message)
+        self._closing_at = min(self._closing_at, last_stream)  # it never grows again (RFC 9113, 6.8)
+        self._frame(_GOAWAY, 0, 0, _PAIR.pack(self._closing_at, code) + message)
 
     # Sending ----------------------------------------------------------------------------
 
@@ -510,6 +512,7 @@ class Engine:
                 pending.appendleft(data[room:])
                 data = data[:room]
             size = len(data)
+            self._idle_frames = 0
             stream.pending_bytes -= size
             stream.send_window -= size
             self._send_window -= size
@@ -539,6 +542,11 @@ class Engine:
         self._blocked.pop(stream.id, None)
         if stream.is_released:
             self._working.discard(stream.id)
+
+
+def _unpadded(payload: bytes) -> bytes:
+    _require(bool(payload) and payload[0] < len(payload), "padding that is longer than its frame")
+    return payload[1 : len(payload) - payload[0]]
 
 
 def _require(holds: bool, message: str, code: int = PROTOCOL_ERROR) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from server.http2 import wire
 from server.http2.wire import Header, Metadata, WireError
 
 _PSEUDO = {b":method", b":path", b":scheme", b":authority"}
+_NAME = re.compile(rb"[!-9;-@\[-~]+")  # no capitals, no colon
 _FORBIDDEN = {b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"}
+_GRPC = re.compile(rb"application/grpc(?:[+;].*)?")
 
 
 class Head:
@@ -16,15 +19,16 @@ class Head:
 
     __slots__ = (
         "_metadata",
+        "_wrong",
         "content_type",
         "encoding",
         "headers",
+        "is_grpc",
         "is_request",
         "method",
         "path",
         "size",
         "timeout",
-        "wrong",
     )
 
     def __init__(self, headers: Sequence[Header], size: int) -> None:
@@ -36,15 +40,18 @@ class Head:
         """`grpc-encoding`."""
         self.timeout: float | None = None
         """`grpc-timeout`, in seconds."""
-        self.wrong: WireError | None = None
-        """What is wrong with them for gRPC."""
+        self._wrong: WireError | None = None
         self._metadata: Metadata | None = None
         self.is_request = self._read()
         """Whether they are those of a request of HTTP/2 (RFC 9113, 8.2 and 8.3)."""
+        self.is_grpc = self.method == b"POST" and _GRPC.fullmatch(self.content_type) is not None
+        """Whether it is a call."""
 
     def _read(self) -> bool:
         pseudo: set[bytes] = set()
         for position, (name, value) in enumerate(self.headers):
+            if b"\n" in value or b"\r" in value or b"\0" in value:
+                return False
             if name[:1] == b":":
                 if position != len(pseudo) or name not in _PSEUDO or name in pseudo:  # they are first, and once each
                     return False
@@ -54,9 +61,7 @@ class Head:
                 elif name == b":method":
                     self.method = value
                 continue
-            if not name or name != name.lower() or name in _FORBIDDEN:
-                return False
-            if b"\n" in value or b"\r" in value or b"\0" in value:
+            if _NAME.fullmatch(name) is None or name in _FORBIDDEN or (name == b"te" and value != b"trailers"):
                 return False
             if name == b"content-type":
                 self.content_type = value
@@ -66,13 +71,13 @@ class Head:
                 try:
                     self.timeout = wire.seconds_of(value)
                 except WireError as error:
-                    self.wrong = error
+                    self._wrong = error
         return {b":method", b":path", b":scheme"} <= pseudo
 
     @property
-    def is_grpc(self) -> bool:
-        """Whether it is a call."""
-        return self.method == b"POST" and self.content_type.startswith(b"application/grpc")
+    def wrong(self) -> WireError | None:
+        """What is wrong with them for gRPC; a new one each time, as one that is raised again keeps all its frames."""
+        return None if self._wrong is None else WireError(self._wrong.code, str(self._wrong))
 
     def metadata(self) -> Metadata:
         """What the caller gave beside the protocol's own headers.

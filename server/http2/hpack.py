@@ -25,23 +25,30 @@ MAX_TABLE_BYTES = 4096
 MAX_LIST_BYTES = 64 * 1024
 """Of all headers of a block; further ones are counted, and not kept."""
 
+MAX_COUNTED_BYTES = 4 * 1024 * 1024
+"""Of all headers of a block. A byte can stand for an entry of the table, so that the block's own size is no bound."""
+
+MAX_CODED_BYTES = 256 * 1024
+"""Of the strings in Huffman's code in a block, which take half a microsecond a byte."""
+
 ENTRY_OVERHEAD = 32
 """Bytes of a header beside its name and value, in all limits (RFC 7541, 4.1, and RFC 9113, 6.5.2)."""
 
 _STATIC: tuple[Header, ...] = tuple((bytes(name), bytes(value)) for name, value in HeaderTable.STATIC_TABLE)
 _CACHED_BLOCKS = 256
+_CACHED_BYTES = 1024  # of a block or a string; longer ones are rarely sent twice
 
 Head = TypeVar("Head")
 
 
 class InvalidBlock(ValueError):
-    """A block that breaks the rules: the tables of both sides may differ from here on."""
+    """A block that breaks the rules or a bound: the tables of both sides may differ from here on."""
 
 
 class Decoder(Generic[Head]):
     """The decoder of one connection: what a block means depends on those before it."""
 
-    __slots__ = ("_cache", "_dynamic", "_limit", "_make", "_size")
+    __slots__ = ("_cache", "_coded", "_dynamic", "_limit", "_make", "_size")
 
     def __init__(self, make: Callable[[list[Header], int], Head]) -> None:
         """Begin with empty tables.
@@ -54,6 +61,7 @@ class Decoder(Generic[Head]):
         self._make = make
         self._dynamic: list[Header] = []  # the newest first
         self._size = 0
+        self._coded = 0  # bytes in Huffman's code of this block
         self._limit = MAX_TABLE_BYTES
         self._cache: dict[bytes, Head] = {}  # blocks that left the dynamic table as it is now
 
@@ -61,12 +69,13 @@ class Decoder(Generic[Head]):
         """Return what is made of the headers of a block.
 
         Raises:
-            InvalidBlock: it breaks the rules.
+            InvalidBlock: it breaks the rules or a bound.
         """
         if (known := self._cache.get(block)) is not None:
             return known
         headers: list[Header] = []
         position, end, size = 0, len(block), 0
+        self._coded = 0
         is_pure = True
         try:
             while position < end:
@@ -96,12 +105,14 @@ class Decoder(Generic[Head]):
                 size += len(header[0]) + len(header[1]) + ENTRY_OVERHEAD
                 if size <= MAX_LIST_BYTES:
                     headers.append(header)
+                elif size > MAX_COUNTED_BYTES:
+                    raise InvalidBlock(f"headers of more than {MAX_COUNTED_BYTES} bytes")
         except IndexError:
             raise InvalidBlock("the block ends within a header") from None
         head = self._make(headers, size)
         if not is_pure:
             self._cache.clear()
-        elif len(self._cache) < _CACHED_BLOCKS:
+        elif end <= _CACHED_BYTES and len(self._cache) < _CACHED_BLOCKS:
             self._cache[block] = head
         return head
 
@@ -118,9 +129,22 @@ class Decoder(Generic[Head]):
         if index:
             name = self._entry(index)[0]
         else:
-            name, position = _string(block, position)
-        value, position = _string(block, position)
+            name, position = self._string(block, position)
+        value, position = self._string(block, position)
         return (name, value), position
+
+    def _string(self, block: bytes, position: int) -> tuple[bytes, int]:
+        length, start = _prefixed(block, position, 0x7F)
+        stop = start + length
+        if stop > len(block):
+            raise InvalidBlock("the block ends within a string")
+        text = block[start:stop]
+        if block[position] & 0x80:
+            self._coded += length
+            if self._coded > MAX_CODED_BYTES:
+                raise InvalidBlock(f"more than {MAX_CODED_BYTES} bytes in Huffman's code")
+            text = _known_plain(text) if length <= _CACHED_BYTES else _plain(text)
+        return text, stop
 
     def _add(self, header: Header) -> None:
         size = len(header[0]) + len(header[1]) + ENTRY_OVERHEAD
@@ -175,19 +199,12 @@ def _number(block: bytes, position: int, number: int) -> tuple[int, int]:
     raise InvalidBlock("a number of more than four bytes")
 
 
-def _string(block: bytes, position: int) -> tuple[bytes, int]:
-    length, start = _prefixed(block, position, 0x7F)
-    stop = start + length
-    if stop > len(block):
-        raise InvalidBlock("the block ends within a string")
-    text = block[start:stop]
-    return (_plain(text) if block[position] & 0x80 else text), stop
-
-
-@functools.lru_cache(maxsize=1024)
 def _plain(text: bytes) -> bytes:
     """What a text in Huffman's code says."""
     try:
         return bytes(decode_huffman(text))
     except HPACKDecodingError as error:
         raise InvalidBlock("a string is not in Huffman's code") from error
+
+
+_known_plain = functools.lru_cache(maxsize=1024)(_plain)

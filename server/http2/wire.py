@@ -37,7 +37,7 @@ _PREFIX = struct.Struct(">BI")
 _TIMEOUT = re.compile(rb"([0-9]{1,8})([HMSmun])")
 _SECONDS = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 _WINDOW_BITS = {b"gzip": 31, b"deflate": 15}
-_PLAIN_TEXT = re.compile(r"[ -$&-~]*")
+_UNSAFE = re.compile(rb"[^ -$&-~]|\A | \Z")
 _OURS = {
     b":method",
     b":path",
@@ -59,6 +59,8 @@ class WireError(Exception):
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
         self.code = code
+        self.messages: list[bytes] = []
+        """Of `Deframer.feed`: those that came whole before what is wrong."""
 
 
 class Deframer:
@@ -73,7 +75,7 @@ class Deframer:
             WireError: UNIMPLEMENTED, it is an unknown one.
         """
         if encoding != b"identity" and encoding not in _WINDOW_BITS:
-            shown = encoding.decode("ascii", "replace")
+            shown = encoding[:32].decode("ascii", "replace")
             raise WireError(UNIMPLEMENTED, f"grpc-encoding is one of identity, deflate, gzip, not {shown}")
         self._limit = limit
         self._encoding = encoding
@@ -89,7 +91,8 @@ class Deframer:
 
         Raises:
             WireError: RESOURCE_EXHAUSTED for a message over the limit, as soon as
-                its length is known; INTERNAL for what is no message.
+                its length is known; INTERNAL for what is no message. Nothing is
+                to be fed after it.
         """
         buffer = self._buffer
         if not buffer and len(data) >= PREFIX_BYTES:  # one whole message, as nearly always
@@ -97,18 +100,24 @@ class Deframer:
             if len(data) == PREFIX_BYTES + length and length <= self._limit:
                 return [self._opened(compressed, data[PREFIX_BYTES:])]
         buffer += data
-        messages = []
+        messages: list[bytes] = []
         start, end = 0, len(buffer)
-        while end - start >= PREFIX_BYTES:
-            compressed, length = _PREFIX.unpack_from(buffer, start)
-            if length > self._limit:
-                raise self._too_large(length)
-            stop = start + PREFIX_BYTES + length
-            if stop > end:
-                break
-            messages.append(self._opened(compressed, bytes(buffer[start + PREFIX_BYTES : stop])))
-            start = stop
-        del buffer[:start]
+        try:
+            while end - start >= PREFIX_BYTES:
+                compressed, length = _PREFIX.unpack_from(buffer, start)
+                if length > self._limit:
+                    raise self._too_large(length)
+                stop = start + PREFIX_BYTES + length
+                if stop > end:
+                    break
+                messages.append(self._opened(compressed, bytes(buffer[start + PREFIX_BYTES : stop])))
+                start = stop
+        except WireError as error:
+            error.messages = messages
+            start = end  # else the end of the stream would be one more error
+            raise
+        finally:
+            del buffer[:start]
         return messages
 
     def end(self) -> None:
@@ -138,8 +147,8 @@ class Deframer:
             raise WireError(INTERNAL, f"a message is no {self._encoding.decode()}: {error}") from error
         if len(inflated) > self._limit:
             raise self._too_large(len(inflated), "or more")
-        if not inflater.eof:
-            raise WireError(INTERNAL, f"a message is no whole {self._encoding.decode()} stream")
+        if not inflater.eof or inflater.unused_data:
+            raise WireError(INTERNAL, f"a message is one whole {self._encoding.decode()} stream")
         return inflated
 
     def _too_large(self, length: int, more: str = "") -> WireError:
@@ -217,13 +226,8 @@ def trailers_of(code: int, message: str = "", metadata: Metadata = ()) -> list[H
 
 
 def percent_encoded(message: str) -> bytes:
-    """A `grpc-message`: all but printable ASCII, and `%` itself, as `%` and two hexadecimal digits a byte."""
-    if _PLAIN_TEXT.fullmatch(message):
-        return message.encode()
-    encoded = bytearray()
-    for byte in message.encode("utf-8", "replace"):
-        if 0x20 <= byte <= 0x7E and byte != 0x25:
-            encoded.append(byte)
-        else:
-            encoded += b"%%%02X" % byte
-    return bytes(encoded)
+    """A `grpc-message`: all but printable ASCII, and `%` itself, as `%` and two hexadecimal digits a byte.
+
+    So are spaces at its ends, where HTTP/2 allows none.
+    """
+    return _UNSAFE.sub(lambda match: b"%%%02X" % ord(match[0]), message.encode("utf-8", "replace"))
