@@ -56,8 +56,8 @@ class Link(Protocol):
     def flush_soon(self) -> None:
         """Send what is queued in this turn of the event loop, in one go."""
 
-    def call_answered(self) -> None:
-        """The call has its status."""
+    def answer_sent(self) -> None:
+        """A message or a status was sent."""
 
     def call_ended(self, call: Call) -> None:
         """The handler has returned."""
@@ -95,6 +95,7 @@ class Call:
         "_reader",
         "_timer",
         "_trailing",
+        "_unused",
         "encoding",
         "half_closed",
         "head",
@@ -121,6 +122,7 @@ class Call:
         """The status has been sent, or nobody is there who could get it."""
         self._deframer = Deframer(link.server.max_message_bytes, head.encoding)
         self._messages: deque[bytes] = deque()
+        self._unused = 0  # bytes for which the client was given no new window yet
         self._broken: WireError | ServiceError | None = None  # what stands where the next message should
         self._reader: asyncio.Future[None] | None = None
         self._handler: Handler | None = None
@@ -143,19 +145,26 @@ class Call:
         """Bytes of the client's messages."""
         if self.over or self._broken is not None:
             return
-        before = self._deframer.buffered
+        self._unused += len(data)
         try:
             messages = self._deframer.feed(data)
         except WireError as error:
+            self._messages += error.messages
             self._break(error)
             return
-        # A message has to come whole before a handler can take it: what is there of it makes room at once, and
-        # its length is bounded. Whole ones make room as they are taken.
-        if grown := self._deframer.buffered - (0 if messages else before):
-            self._link.engine.consume(self.stream, grown)
+        self._messages += messages
         if messages:
-            self._messages += messages
             self._wake()
+        elif not self._messages:
+            # A message has to come whole before a handler can take it, and its length is bounded: what is there of
+            # it makes room at once. Whole ones make room as they are taken.
+            self._use(self._unused)
+
+    def _use(self, size: int) -> None:
+        """Let the client send so many bytes more."""
+        self._unused -= size
+        self._link.engine.consume(self.stream, size)
+        self._link.flush_soon()
 
     def feed_end(self) -> None:
         """The client sends no more."""
@@ -257,6 +266,7 @@ class Call:
         framed = self._framed(response)
         self._send_head()
         self._link.engine.send_data(self.stream, framed)
+        self._link.answer_sent()
         self._link.flush_soon()
         while (room := self._link.room_for(self)) is not None:
             await room
@@ -318,10 +328,8 @@ class Call:
         return self._pop()
 
     def _pop(self) -> bytes:
-        content = self._messages.popleft()
-        self._link.engine.consume(self.stream, len(content) + wire.PREFIX_BYTES)
-        self._link.flush_soon()
-        return content
+        self._use(self._unused // len(self._messages))
+        return self._messages.popleft()
 
     async def _only_message(self, handler: Handler) -> Any:
         content = await self._take()
@@ -368,7 +376,7 @@ class Call:
         else:
             block = OK_BLOCK
         self._link.engine.send_headers(self.stream, block, ends=True)
-        self._link.call_answered()
+        self._link.answer_sent()
         self._link.flush_soon()
 
 

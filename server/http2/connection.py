@@ -47,7 +47,7 @@ class Connection(asyncio.Protocol):
         self._flushing = False
         self._paused = False
         self._waiting: dict[Call | PlainCall, asyncio.Future[None]] = {}  # for room to write
-        self._draining = self._is_last_known = False
+        self._draining = self._is_last_known = self._is_cut_off = False
         self._ping_sent = False
         self._heard = 0.0
         self._last_ping = -limits.MIN_PING_INTERVAL_SECONDS
@@ -198,8 +198,10 @@ class Connection(asyncio.Protocol):
         if data and not self._transport.is_closing():
             self._transport.write(data)
 
-    def call_answered(self) -> None:
-        self._strikes = 0  # who has something to do here may ask whether it is there
+    def answer_sent(self) -> None:
+        # Who gets something may ask whether we are there; gRPC's clients measure their way by pings.
+        self._strikes = 0
+        self._last_ping = -limits.MIN_PING_INTERVAL_SECONDS
 
     def call_ended(self, call: Call | PlainCall) -> None:
         self.calls.discard(call)
@@ -264,8 +266,10 @@ class Connection(asyncio.Protocol):
 
     def cancel_calls(self) -> None:
         """End all calls that still go on."""
+        self._is_cut_off = True
         for call in list(self.calls):
             call.cut_off(wire.UNAVAILABLE, "the server is about to stop")
+        self._close_if_done()
         if self._draining and not self._is_last_known:
             self._settle()
 
@@ -275,5 +279,6 @@ class Connection(asyncio.Protocol):
         self._transport.close()
 
     def _close_if_done(self) -> None:
-        if self._is_last_known and not self.calls and not self.engine.has_unsent:
+        has_unsent = self.engine.has_unsent and not self._is_cut_off
+        if self._is_last_known and not self.calls and not has_unsent:
             self.server.loop.call_soon(self.close)

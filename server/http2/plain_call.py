@@ -31,7 +31,7 @@ class Link(Protocol):
     def flush_soon(self) -> None:
         """As of `server.http2.call.Link`, and so are the others."""
 
-    def call_answered(self) -> None: ...
+    def answer_sent(self) -> None: ...
 
     def call_ended(self, call: PlainCall) -> None: ...
 
@@ -125,7 +125,7 @@ class PlainCall:
         self._is_answered = True
         block = encode([(b":status", b"%d" % answer.status), *answer.headers])
         self._link.engine.send_headers(self.stream, block)
-        self._link.call_answered()
+        self._link.answer_sent()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """Also of a task that was cancelled before it began."""

@@ -221,7 +221,7 @@ def trailers_of(code: int, message: str = "", metadata: Metadata = ()) -> list[H
             assert isinstance(value, bytes)
             headers.append((name, base64.b64encode(value).rstrip(b"=")))
         else:
-            headers.append((name, value.encode("ascii") if isinstance(value, str) else value))
+            headers.append((name, value.encode("ascii", "replace") if isinstance(value, str) else value))
     return headers
 
 
