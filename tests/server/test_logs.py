@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import enum
 import io
 import json
@@ -269,7 +270,11 @@ def test_the_start_line_tells_every_setting_and_its_source(form: str, server_pro
     (line,) = [line for line in err.splitlines() if "starting with" in line]
     message = json.loads(line)["message"] if form == "json" else line
     settings, _ = read_settings(["--port", "0", *flags, "--max-wait-ms", "3"], {})
+    if transport := os.environ.get("MNIST_GRPC_TRANSPORT"):  # of the tests' --transport
+        settings = dataclasses.replace(settings, transport=transport)
     chosen = {"port": "flag", "weights": "flag", "log_format": "flag", "workers": "flag", "max_wait_ms": "environment"}
+    if transport:
+        chosen["transport"] = "environment"
     for name in vars(settings):
         shown = str(getattr(settings, name))
         if form == "text":
