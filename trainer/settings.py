@@ -45,7 +45,7 @@ class TrainingSettings:
     teacher: str = "cnn"
     """`none`; `cnn`, which is trained first, by the recipe of that name; or weights files, parted by commas."""
 
-    lessons: int = 16
+    lessons: int = 24
     """Epochs of pictures for which the teacher's answers are collected; 1 or more."""
 
     softness: float = 2.0
@@ -153,8 +153,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "learning_rate": 0.15,
         "warmup_epochs": 5.0,
         "weight_decay": 3e-4,
-        "outliers": 0.125,
-        "damaged": 0.25,
     },
     "origin": {
         "bfloat16": False,
