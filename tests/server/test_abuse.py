@@ -328,7 +328,12 @@ async def test_a_connection_that_never_gets_to_http2_is_closed(server_process: S
 def test_another_protocol_is_closed_at_once(server_process: Start) -> None:
     address, _ = server_process("--workers", "1")
     host, port = address.rsplit(":", 1)
-    for words in (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"\x16\x03\x01\x02\x00" + bytes(512), b"\0" * 64):
+    # One transport speaks HTTP/1.1 and answers; it is asked to close.
+    for words in (
+        b"GET / HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n",
+        b"\x16\x03\x01\x02\x00" + bytes(512),
+        b"\0" * 64,
+    ):
         with socket.create_connection((host, int(port)), timeout=HANDSHAKE_SECONDS / 2) as connection:
             connection.sendall(words)
             with contextlib.suppress(ConnectionResetError):
