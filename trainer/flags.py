@@ -28,7 +28,7 @@ def training_parser() -> argparse.ArgumentParser:
         "       python -m trainer promote RUN [--to PATH]",
         description="Train weights for the server on MNIST. The epoch with the lowest validation loss is kept, "
         f"measured once on the test images, and written to --out: {WEIGHTS}, its manifest, metrics, pictures and "
-        "report.html, which holds all. With the defaults that takes about an hour on one core.",
+        "report.html, which holds all. With the defaults that takes an hour or more on one core.",
         epilog=f"{LAYOUT} On the CPU, the same seed gives the same weights, bit for bit, on the same machine with as "
         "many threads, also where the training was stopped and went on by --resume. Flags beat --config, which beats "
         "--recipe. Several processes, on one machine or more, train together by torchrun --nproc-per-node=N -m trainer "
