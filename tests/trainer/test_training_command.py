@@ -351,7 +351,7 @@ def test_help_is_the_manual(arguments: list[str], capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--help"], "With the defaults that takes about an hour on one core."),
+        (["--help"], "With the defaults that takes an hour or more on one core."),
         (
             ["--help"],
             "python -m trainer evaluate --help, python -m trainer card --help, python -m trainer promote --help",
