@@ -88,6 +88,20 @@ class NotServing(ServiceError):
     number = 14
 
 
+class Unauthenticated(ServiceError):
+    """There is no token, or none that is known."""
+
+    code = "UNAUTHENTICATED"
+    number = 16
+
+
+class NotOffered(ServiceError):
+    """There is no such method."""
+
+    code = "UNIMPLEMENTED"
+    number = 12
+
+
 class CannotServe(Exception):
     """The server cannot start: its address or its weights cannot be used."""
 

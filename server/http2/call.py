@@ -11,31 +11,30 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeAlias, cast
+from typing import Any, NoReturn, TypeAlias, cast
 
 import grpc
 
 from server.errors import ServiceError
 from server.http2 import wire
-from server.http2.engine import Engine, Stream
+from server.http2.engine import Stream
 from server.http2.head import Head
 from server.http2.hpack import encode
+from server.http2.link import Link
 from server.http2.wire import Deframer, Header, Metadata, WireError
-
-if TYPE_CHECKING:
-    from server.http2.server import Http2Server
 
 logger = logging.getLogger(__name__)
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
-_HEAD: list[Header] = [
+HEAD: list[Header] = [
     (b":status", b"200"),
     (b"content-type", b"application/grpc"),
     (b"grpc-accept-encoding", wire.ACCEPTED_ENCODINGS),
 ]
-HEAD_BLOCK = encode(_HEAD)
-"""What goes before a first message."""
+"""What goes before a first message, or before the status where there is none."""
+
+HEAD_BLOCK = encode(HEAD)
 
 OK_BLOCK = encode(wire.trailers_of(wire.OK))
 
@@ -44,26 +43,6 @@ WRITE_AHEAD = 65536
 
 COMPRESS_FROM = 1024
 """Shorter answers are sent as they are, whatever the request was."""
-
-
-class Link(Protocol):
-    """What a call needs of its connection."""
-
-    server: Http2Server
-    engine: Engine
-    peer: str
-
-    def flush_soon(self) -> None:
-        """Send what is queued in this turn of the event loop, in one go."""
-
-    def answer_sent(self) -> None:
-        """A message or a status was sent."""
-
-    def call_ended(self, call: Call) -> None:
-        """The handler has returned."""
-
-    def room_for(self, call: Call) -> asyncio.Future[None] | None:
-        """What to wait for before more is written; None if nothing."""
 
 
 class Details(grpc.HandlerCallDetails):
@@ -234,8 +213,7 @@ class Call:
         content = await self._take()
         if content is None:
             return grpc.aio.EOF
-        assert self._handler is not None
-        return self._handler.request_deserializer(content) if self._handler.request_deserializer else content
+        return self._deserialized(content)
 
     async def read_ready(self) -> list[Any]:
         """Wait for a message, and give all that are there; none at the end.
@@ -246,11 +224,9 @@ class Call:
         first = await self._take()
         if first is None:
             return []
-        assert self._handler is not None
-        read = self._handler.request_deserializer or bytes
-        requests: list[Any] = [read(first)]
+        requests = [self._deserialized(first)]
         while self._messages and not isinstance(requests[-1], ServiceError):
-            requests.append(read(self._pop()))
+            requests.append(self._deserialized(self._pop()))
         if isinstance(error := requests[-1], ServiceError):
             del requests[-1]
             if not requests:
@@ -307,7 +283,7 @@ class Call:
         if handler.request_streaming:
             result = behavior(self._requests(), self)
         else:
-            result = behavior(await self._only_message(handler), self)
+            result = behavior(await self._only_message(), self)
         if not handler.response_streaming:
             self._end_with(await result)
         elif hasattr(result, "__aiter__"):
@@ -331,12 +307,16 @@ class Call:
         self._use(self._unused // len(self._messages))
         return self._messages.popleft()
 
-    async def _only_message(self, handler: Handler) -> Any:
+    async def _only_message(self) -> Any:
         content = await self._take()
         if content is None or self._messages:
             number = 0 if content is None else 1 + len(self._messages)
             raise WireError(wire.UNIMPLEMENTED, f"{self.path} takes exactly one message, {number} came")
-        return handler.request_deserializer(content) if handler.request_deserializer else content
+        return self._deserialized(content)
+
+    def _deserialized(self, content: bytes) -> Any:
+        assert self._handler is not None
+        return self._handler.request_deserializer(content) if self._handler.request_deserializer else content
 
     async def _requests(self) -> AsyncIterator[Any]:
         while (request := await self.read()) is not grpc.aio.EOF:
@@ -354,7 +334,7 @@ class Call:
             self._has_head = True
             block = HEAD_BLOCK
             if self.encoding != b"identity":
-                block = encode([*_HEAD, (b"grpc-encoding", self.encoding)])
+                block = encode([*HEAD, (b"grpc-encoding", self.encoding)])
             self._link.engine.send_headers(self.stream, block)
 
     def _end_with(self, response: Any) -> None:
@@ -372,7 +352,7 @@ class Call:
         self._messages.clear()
         if self._code or self._trailing or not self._has_head:
             trailers = wire.trailers_of(self._code, self._details, self._trailing)
-            block = encode(trailers if self._has_head else [*_HEAD, *trailers])
+            block = encode(trailers if self._has_head else [*HEAD, *trailers])
         else:
             block = OK_BLOCK
         self._link.engine.send_headers(self.stream, block, ends=True)

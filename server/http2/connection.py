@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from typing import TYPE_CHECKING, Any, cast
 
 from server import limits
 from server.http2 import wire
-from server.http2.call import WRITE_AHEAD, Call
+from server.http2.call import HEAD, WRITE_AHEAD, Call
 from server.http2.engine import ENHANCE_YOUR_CALM, EVERY_STREAM, PREFACE, Engine, ProtocolBroken, Stream
 from server.http2.head import Head
 from server.http2.hpack import encode
+from server.http2.link import Begun
 from server.http2.peers import peer_of
 from server.http2.plain_call import PlainCall
 from server.http2.wire import WireError
@@ -24,12 +24,6 @@ logger = logging.getLogger(__name__)
 
 MAX_UNSENT = 1 << 20
 """Bytes that the kernel does not take before nothing more is read: a client that reads nothing gets no answers."""
-
-_GRPC = [
-    (b":status", b"200"),
-    (b"content-type", b"application/grpc"),
-    (b"grpc-accept-encoding", wire.ACCEPTED_ENCODINGS),
-]
 
 
 class Connection(asyncio.Protocol):
@@ -46,7 +40,7 @@ class Connection(asyncio.Protocol):
         self._is_http2 = False
         self._flushing = False
         self._paused = False
-        self._waiting: dict[Call | PlainCall, asyncio.Future[None]] = {}  # for room to write
+        self._waiting: dict[Begun, asyncio.Future[None]] = {}  # for room to write
         self._draining = self._is_last_known = self._is_cut_off = False
         self._ping_sent = False
         self._heard = 0.0
@@ -63,9 +57,8 @@ class Connection(asyncio.Protocol):
         self.server.connections.add(self)
         self._heard = self.server.loop.time()
         self._later("handshake", limits.HANDSHAKE_SECONDS, self._expect_handshake)
-        if age := self.server.max_connection_age:
-            # Not all that came at one moment are to come again at one.
-            self._later("age", age * random.uniform(0.9, 1.1), self._grow_old)
+        if age := self.server.age_of_new_connection():
+            self._later("age", age, self._grow_old)
         self._watch()
 
     def data_received(self, data: bytes) -> None:
@@ -134,7 +127,7 @@ class Connection(asyncio.Protocol):
             stream.user = call = Call(self, stream, head)
         except WireError as error:
             trailers = wire.trailers_of(error.code, str(error))
-            self._answer(stream, encode([*_GRPC, *trailers]))
+            self._answer(stream, encode([*HEAD, *trailers]))
             return
         self.calls.add(call)
 
@@ -203,13 +196,13 @@ class Connection(asyncio.Protocol):
         self._strikes = 0
         self._last_ping = -limits.MIN_PING_INTERVAL_SECONDS
 
-    def call_ended(self, call: Call | PlainCall) -> None:
+    def call_ended(self, call: Begun) -> None:
         self.calls.discard(call)
         self._waiting.pop(call, None)
         self.engine.release(call.stream)
         self._close_if_done()
 
-    def room_for(self, call: Call | PlainCall) -> asyncio.Future[None] | None:
+    def room_for(self, call: Begun) -> asyncio.Future[None] | None:
         if call.over or (not self._paused and call.stream.pending_bytes <= WRITE_AHEAD):
             return None
         self._waiting[call] = room = self.server.loop.create_future()

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, cast
@@ -97,8 +96,8 @@ class Http1Connection(asyncio.Protocol):
         self._transport.set_write_buffer_limits(high=MAX_UNSENT)
         self._peer = peer_of(transport.get_extra_info("peername"))
         self.server.connections.add(self)
-        if age := self.server.max_connection_age:
-            self._later("age", age * random.uniform(0.9, 1.1), self._grow_old)
+        if age := self.server.age_of_new_connection():
+            self._later("age", age, self._grow_old)
 
     def data_received(self, data: bytes) -> None:
         if self._closing:

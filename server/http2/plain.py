@@ -24,7 +24,15 @@ from google.protobuf.message import Message
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 from server import limits, logs
 from server.authentication import ANY_METHOD, BearerTokens
-from server.errors import DeadlineExceeded, InvalidArgument, NotFound, NotServing, ServiceError
+from server.errors import (
+    DeadlineExceeded,
+    InvalidArgument,
+    NotFound,
+    NotOffered,
+    NotServing,
+    ServiceError,
+    Unauthenticated,
+)
 from server.http2 import wire
 from server.http2.wire import Header
 from server.observer import Observer
@@ -114,20 +122,6 @@ class Credentials(grpc.HandlerCallDetails):
     def __init__(self, request: Request) -> None:
         self.method = request.path
         self.invocation_metadata = tuple(("authorization", _text(value)) for value in request.values(b"authorization"))
-
-
-class Unauthenticated(ServiceError):
-    """There is no token, or none that is known."""
-
-    code = "UNAUTHENTICATED"
-    number = 16
-
-
-class NotOffered(ServiceError):
-    """There is no such method."""
-
-    code = "UNIMPLEMENTED"
-    number = 12
 
 
 class Routes:

@@ -4,38 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Protocol
 
 from server import limits
-from server.http2.engine import CANCEL, INTERNAL_ERROR, Engine, Stream
+from server.http2.engine import CANCEL, INTERNAL_ERROR, Stream
 from server.http2.head import Head
 from server.http2.hpack import encode
+from server.http2.link import Link
 from server.http2.plain import Answer, Request, Routes, head_too_large
-
-if TYPE_CHECKING:
-    from server.http2.server import Http2Server
 
 logger = logging.getLogger(__name__)
 
 PIECE = 65536
 """Bytes of an answer that are queued at once; more follow as the client takes them."""
-
-
-class Link(Protocol):
-    """What a request needs of its connection."""
-
-    server: Http2Server
-    engine: Engine
-    peer: str
-
-    def flush_soon(self) -> None:
-        """As of `server.http2.call.Link`, and so are the others."""
-
-    def answer_sent(self) -> None: ...
-
-    def call_ended(self, call: PlainCall) -> None: ...
-
-    def room_for(self, call: PlainCall) -> asyncio.Future[None] | None: ...
 
 
 class PlainCall:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import random
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -53,7 +54,7 @@ class Http2Server:
         self.routes: Routes | None = None
         """What answers plain HTTP."""
         self.max_message_bytes = max_message_bytes
-        self.max_connection_age = max_connection_age
+        self._max_connection_age = max_connection_age
         self.max_connection_age_grace = max_connection_age_grace
         self._shares_port = shares_port
         self._handlers: list[grpc.GenericRpcHandler] = []
@@ -118,6 +119,10 @@ class Http2Server:
                     ssl_handshake_timeout=limits.HANDSHAKE_SECONDS if context else None,
                 )
             )
+
+    def age_of_new_connection(self) -> float:
+        """Seconds after which it is to be made anew, 0: never. Not all that come at one moment come again at one."""
+        return self._max_connection_age * random.uniform(0.9, 1.1)
 
     async def stop(self, grace: float | None = None) -> None:
         """Accept no more connections and calls; wait for those that go on, for up to `grace` seconds; end the rest."""

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import grpc
 import hpack
@@ -35,6 +35,7 @@ from server.limits import (
     connection_options,
 )
 from server.settings import MAX_SECONDS, Settings
+from tests.server.http2.peer import Frame, frame
 
 Start = Callable[..., tuple[str, subprocess.Popen[str]]]
 
@@ -46,18 +47,6 @@ ACK, END_STREAM, END_HEADERS = 1, 1, 4
 MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE = 3, 4
 REFUSED_STREAM, CANCEL, ENHANCE_YOUR_CALM = 7, 8, 11
 MIB = 1 << 20
-
-
-class Frame(NamedTuple):
-    kind: int
-    flags: int
-    stream: int
-    content: bytes
-
-    @property
-    def error(self) -> int:
-        """Of RESET and GOAWAY: their error code."""
-        return int.from_bytes(self.content[:4] if self.kind == RESET else self.content[4:8])
 
 
 class RawClient:
@@ -112,10 +101,6 @@ def client_of() -> Iterator[Callable[[str], RawClient]]:
     yield connect
     for client in clients:
         client.close()
-
-
-def frame(kind: int, flags: int, stream: int, content: bytes) -> bytes:
-    return struct.pack(">I", len(content))[1:] + bytes((kind, flags)) + struct.pack(">I", stream) + content
 
 
 def a_ping() -> bytes:

@@ -19,18 +19,18 @@ from protos.mnist.v1 import digit_classifier_pb2_grpc as pb_grpc
 from server.app import DigitServer
 from server.http2 import wire
 from server.http2.connection import Connection
+from server.http2.engine import CANCEL
 from server.limits import MAX_STREAMS
 from server.service import CLASSIFY, STREAM_CLASSIFY
 from server.settings import Settings
+from tests.server.http2.peer import ACK, DATA, END_HEADERS, END_STREAM, HEADERS, PING, SETTINGS, WINDOW_UPDATE, frame
+from tests.server.http2.peer import RST_STREAM as RESET
 
 pytestmark = pytest.mark.usefixtures("no_stray_errors")
 
 Golden = tuple[npt.NDArray[np.uint8], list[int]]
 
 TIMEOUT = 30
-DATA, HEADERS, RESET, SETTINGS, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 7, 8
-END_STREAM, END_HEADERS = 1, 4
-CANCEL = 8
 
 
 @pytest.fixture
@@ -95,10 +95,6 @@ class RawClient:
 
     def close(self) -> None:
         self.writer.close()
-
-
-def frame(kind: int, flags: int, stream: int, content: bytes) -> bytes:
-    return len(content).to_bytes(3) + bytes([kind, flags]) + stream.to_bytes(4) + content
 
 
 def only_connection(server: DigitServer) -> Connection:
@@ -215,8 +211,8 @@ async def test_a_stream_whose_answers_nobody_reads_stops_its_sender(server: Digi
         window -= len(message)
         sent += len(message)
         if window < len(message):
-            client.send(frame(6, 0, 0, b"a ping  "))  # its answer comes behind the window that there is to give
-            for kind, _, stream, content in await client.frames_until(6, 1):
+            client.send(frame(PING, 0, 0, b"a ping  "))  # its answer comes behind the window that there is to give
+            for kind, _, stream, content in await client.frames_until(PING, ACK):
                 if kind == WINDOW_UPDATE and stream == 1:
                     window += int.from_bytes(content)
         assert sent < 4 << 20, "the sender was never stopped"
