@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from digits.preprocessing import to_pixels
@@ -67,3 +68,13 @@ def digits_data() -> Data:
     return Data(
         LabelledPixels(pixels[:1500], targets[:1500]), LabelledPixels(pixels[1500:], targets[1500:]), "sklearn digits"
     )
+
+
+def draw_bars(folder: Path, count: int) -> None:
+    """Pictures of a bar, in a folder for each of ten classes, that differ a little."""
+    for number in range(count):
+        path = folder / str(number % 10) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture = Image.new("L", (28, 28))
+        picture.paste(200 + number // 2, (8, 4, 11 + number % 10, 24))
+        picture.save(path)

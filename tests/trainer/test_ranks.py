@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from digits.checkpoint import load_checkpoint
+from tests.trainer.conftest import draw_bars
 from trainer.cli import main
 from trainer.data import Data, DataError
 from trainer.material import Material
@@ -127,12 +127,7 @@ def few(digits_data: Data) -> Data:
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run of a pupil whose teacher is trained first, of pictures, stopped by Ctrl-C; and what was said then."""
     folder = tmp_path_factory.mktemp("together")
-    for number in range(80):
-        path = folder / "pictures" / str(number % 10) / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture = Image.new("L", (28, 28))
-        picture.paste(200 + number // 2, (8, 4, 11 + number % 10, 24))
-        picture.save(path)
+    draw_bars(folder / "pictures", 80)
     process = start("-m", "trainer", "--out", "stopped", *FLAGS, folder=folder)
     assert process.stdout is not None
     for line in process.stdout:

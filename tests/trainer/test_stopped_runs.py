@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from digits.checkpoint import load_checkpoint
+from tests.trainer.conftest import draw_bars
 from trainer import cli, report
 from trainer.cli import main
 from trainer.run import Run
@@ -26,12 +26,7 @@ Resume = Callable[..., tuple[int, str]]
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that is over, of a pupil whose teacher was trained first, of pictures in a folder."""
     folder = tmp_path_factory.mktemp("stopped")
-    for number in range(60):
-        path = folder / "pictures" / str(number % 10) / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture = Image.new("L", (28, 28))
-        picture.paste(200 + number // 2, (8, 4, 11 + number % 10, 24))
-        picture.save(path)
+    draw_bars(folder / "pictures", 60)
     flags = ["--epochs", "2", "--lessons", "1", "--validation-size", "10", "--batch-size", "32", "--no-augment"]
     assert main(["--dataset", f"folder:{folder / 'pictures'}", "--out", str(folder / "whole"), *flags]) == 0
     return folder / "whole"
