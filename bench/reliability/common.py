@@ -92,6 +92,8 @@ class Known:
     """[n, 784]"""
     logits: dict[str, npt.NDArray[np.float32]]
     """By version: [n, 10]."""
+    temperatures: dict[str, float]
+    """By version: what logits are divided by before they become probabilities."""
 
     def rows(self, start: int, count: int) -> npt.NDArray[np.intp]:
         """So many of the images, going round."""
@@ -102,8 +104,8 @@ class Known:
         return pb.ClassifyRequest(pixels=self.pixels[np.asarray(rows)].tobytes(), include_logits=logits)
 
     def probabilities(self, version: str, rows: Sequence[int] | npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
-        """What the version says of these of the images, [n, 10]; the weights here have a temperature of 1."""
-        logits = self.logits[version][np.asarray(rows)]
+        """What the version says of these of the images, [n, 10]."""
+        logits = self.logits[version][np.asarray(rows)] / self.temperatures[version]
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
         result: npt.NDArray[np.float32] = powers / powers.sum(axis=1, keepdims=True)
         return result
@@ -154,13 +156,15 @@ def known(
 
     torch.set_num_threads(1)
     pixels = images() if pixels is None else pixels
-    logits = {}
+    logits: dict[str, npt.NDArray[np.float32]] = {}
+    temperatures: dict[str, float] = {}
     for path in weights or [EMBEDDED_WEIGHTS]:
         checkpoint = load_checkpoint(path)
         features = normalize(pixels, checkpoint.manifest.mean, checkpoint.manifest.std)
         with torch.inference_mode():
             logits[checkpoint.version] = checkpoint.network(torch.from_numpy(features)).numpy()
-    return Known(pixels, logits)
+        temperatures[checkpoint.version] = checkpoint.manifest.temperature
+    return Known(pixels, logits, temperatures)
 
 
 # Servers --------------------------------------------------------------------
