@@ -31,7 +31,8 @@ OK, CANCELLED, UNKNOWN, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED, IN
 PREFIX_BYTES = 5
 """Before each message: whether it is compressed, and its length."""
 
-ACCEPTED_ENCODINGS = b"identity, deflate, gzip"
+ACCEPTED_ENCODINGS = b"identity,deflate,gzip"
+"""Without spaces, as the specification has it: Node's client takes them for parts of the names."""
 
 _PREFIX = struct.Struct(">BI")
 _TIMEOUT = re.compile(rb"([0-9]{1,8})([HMSmun])")
