@@ -156,7 +156,7 @@ class Deframer:
         # With these words the SDK knows that it is not worth a retry; they are gRPC's.
         more = f" {more}" if more else ""
         return WireError(
-            RESOURCE_EXHAUSTED, f"CLIENT: Received message larger than max ({length}{more} vs. {self._limit})"
+            RESOURCE_EXHAUSTED, f"SERVER: Received message larger than max ({length}{more} vs. {self._limit})"
         )
 
 

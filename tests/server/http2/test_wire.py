@@ -93,7 +93,7 @@ def test_a_message_of_the_limit_passes_and_one_byte_more_does_not(size: int, enc
     else:
         error = error_of(deframer, data)
         assert error.code == RESOURCE_EXHAUSTED
-        assert str(error).startswith(f"CLIENT: Received message larger than max ({LIMIT + 1}")
+        assert str(error).startswith(f"SERVER: Received message larger than max ({LIMIT + 1}")
 
 
 @pytest.mark.parametrize("length", [LIMIT + 1, 2**31, 2**32 - 1])
