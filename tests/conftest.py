@@ -13,7 +13,7 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="grpcio",
         help="what the servers of the tests speak gRPC with",
     )
+    parser.addoption("--no-skip", action="store_true", help="a test that would be skipped fails")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,6 +43,17 @@ def pytest_configure(config: pytest.Config) -> None:
         defaults = Settings.__init__.__kwdefaults__
         assert defaults is not None
         defaults["transport"] = transport
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and item.config.getoption("--no-skip"):
+        assert call.excinfo is not None
+        report.outcome, report.longrepr = "failed", f"it may not be skipped: {call.excinfo.value}"
+    return report
 
 
 @pytest.fixture(scope="session")
@@ -135,6 +147,12 @@ async def running_server() -> AsyncIterator[str]:
     await server.load()
     yield f"127.0.0.1:{port}"
     await server.stop(grace=0)
+
+
+@pytest.fixture(params=["grpcio", "asgi"])
+def each_transport(request: pytest.FixtureRequest) -> str:
+    """Either transport, for tests that run on both whatever `--transport` says."""
+    return str(request.param)
 
 
 @pytest.fixture

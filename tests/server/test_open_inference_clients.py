@@ -57,20 +57,22 @@ def classify(client: list[str], address: str, pixels: npt.NDArray[np.uint8], lab
 
 def test_a_client_made_elsewhere_classifies_the_golden_digits(
     client: list[str],
+    each_transport: str,
     server_process: Start,
     golden: tuple[npt.NDArray[np.uint8], list[int]],
     tmp_path: Path,
 ) -> None:
-    address, _ = server_process("--workers", "1")
+    address, _ = server_process("--transport", each_transport)
     classify(client, address, *golden, tmp_path)
 
 
 def test_a_client_made_elsewhere_classifies_a_thousand_digits_of_mnist(
     client: list[str],
+    each_transport: str,
     server_process: Start,
     mnist_test: tuple[npt.NDArray[np.uint8], list[int]],
     tmp_path: Path,
 ) -> None:
-    address, _ = server_process("--workers", "1")
+    address, _ = server_process("--transport", each_transport)
     images, labels = mnist_test
     classify(client, address, images[:1000].reshape(-1, 784), labels[:1000], tmp_path)
