@@ -12,7 +12,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .NOTPARALLEL:
-.PHONY: run test lint format proto train evaluate bench client-range open-inference-clients clean
+.PHONY: run test lint format proto train evaluate bench client-range open-inference-clients foreign-clients clean
 
 run: $(VENV)/.server
 	@exec $(BIN)/mnist-grpc-server $(ARGS)
@@ -47,6 +47,10 @@ client-range: $(VENV)/.dev
 # Triton's and KServe's own clients against the server.
 open-inference-clients: $(VENV)/.dev
 	scripts/open-inference-clients $(BIN)/python
+
+# These, Node's and h2load, which have to be there; no test may be skipped.
+foreign-clients: $(VENV)/.dev
+	scripts/foreign-clients $(BIN)/python
 
 clean:
 	rm -rf $(VENV) .venv-*
