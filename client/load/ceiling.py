@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from client.load.measure import Door, Load, measure, require_right
+from client.load.measure import Door, Load, LoadFailed, measure, require_right
 
 SECONDS = 1.0
 WARM_UP_SECONDS = 0.3
@@ -24,7 +24,10 @@ def responder() -> Iterator[Door]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            yield Door(process.stdout.readline().rpartition(" ")[2].strip())
+            line = process.stdout.readline()
+            if "serving on " not in line:
+                raise LoadFailed("the generator's own server ended before it served")
+            yield Door(line.split("serving on ")[1].strip())
         finally:
             process.kill()
 

@@ -54,7 +54,8 @@ class Load:
         images = f"{self.images:,} image{'s' if self.images > 1 else ''}"
         if self.rate is not None:
             return f"{self.kind}, {images}, {self.rate:,.0f}/s {'evenly' if self.even else 'at random'}"
-        return f"{self.kind}, {images}, {self.callers:,} {'in flight' if self.kind == 'stream' else 'callers'}"
+        callers = "in flight" if self.kind == "stream" else "caller" if self.callers == 1 else "callers"
+        return f"{self.kind}, {images}, {self.callers:,} {callers}"
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ from digits.preprocessing import CLASSES, PIXELS
 from protos.inference import grpc_inference_service_pb2 as oip
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 
-_HEAD = b"\x88" + literal("content-type", "application/grpc")  # :status 200
-_TAIL = literal("grpc-status", "0")
+OK_HEAD = b"\x88" + literal("content-type", "application/grpc")  # :status 200
+OK_TAIL = literal("grpc-status", "0")
 
 
 @functools.cache
@@ -114,7 +114,7 @@ class Responder:
             self._sequences[stream] = first + count
             block = pb.FrameBlock(first_sequence=first, frame_count=count, result=ready_result(count))
             body = pb.StreamClassifyResponse(blocks=[block]).SerializeToString()
-            head = b"" if first else frame(HEADERS, END_HEADERS, stream, _HEAD)
+            head = b"" if first else frame(HEADERS, END_HEADERS, stream, OK_HEAD)
             self.write(head + framed(stream, body))
         else:
             self.write(whole_answer(stream, ready_answer(kind, count)))
@@ -163,7 +163,7 @@ class Responder:
             del self._bodies[stream]
             if kind == "stream":
                 self._sequences.pop(stream, None)
-                self.write(frame(HEADERS, END_HEADERS | END_STREAM, stream, _TAIL))
+                self.write(frame(HEADERS, END_HEADERS | END_STREAM, stream, OK_TAIL))
 
 
 def framed(stream: int, message: bytes) -> bytes:
@@ -172,9 +172,9 @@ def framed(stream: int, message: bytes) -> bytes:
     return b"".join(frame(DATA, 0, stream, content[start : start + 16_384]) for start in range(0, len(content), 16_384))
 
 
-def whole_answer(stream: int, message: bytes, tail: bytes = _TAIL) -> bytes:
+def whole_answer(stream: int, message: bytes, tail: bytes = OK_TAIL) -> bytes:
     """Of a unary call: headers, message, status."""
-    head = frame(HEADERS, END_HEADERS, stream, _HEAD)
+    head = frame(HEADERS, END_HEADERS, stream, OK_HEAD)
     return head + framed(stream, message) + frame(HEADERS, END_HEADERS | END_STREAM, stream, tail)
 
 
