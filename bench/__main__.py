@@ -33,7 +33,7 @@ ROWS = sorted({goal.row for goal in GOALS.values()})
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="how often everything is measured (default: 3)")
-    parser.add_argument("--seconds", type=float, default=1.2, help="for each measurement (default: 1.2)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each measurement (default: 1)")
     parser.add_argument("--row", type=int, choices=ROWS, action="append", help="this row alone; may be repeated")
     parser.add_argument("--transport", choices=TRANSPORTS, action="append", help="this one alone")
     parser.add_argument("--markdown", action="store_true", help="print the goals as docs/performance.md has them")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from client.load.measure import Door, Load
 
 KINDS = ("classify", "stream", "infer")
+CAPACITY_CALLERS = 64
 
 DESCRIPTION = """\
 Send images to a running server and measure how fast it answers. Every answer
@@ -57,7 +58,12 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=_counts, default=[1], metavar="N,...", help="in each message (default: 1)")
     loop = parser.add_mutually_exclusive_group()
     loop.add_argument("--callers", type=_counts, metavar="N,...", help="closed loop (default: 1,64)")
-    loop.add_argument("--rate", type=_rates, metavar="R,...", help="open loop: messages a second")
+    loop.add_argument(
+        "--rate",
+        type=_rates,
+        metavar="R,...",
+        help=f"open loop: messages a second; or 70%% of what {CAPACITY_CALLERS} callers get, which is measured before",
+    )
     parser.add_argument("--even", action="store_true", help="with --rate: evenly, and not at random (Poisson)")
     parser.add_argument("--connections", type=_count, default=0, metavar="N", help="(default: 4, for a stream 1)")
     parser.add_argument("--seconds", type=_positive, default=5.0, help="of each run (default: 5)")
@@ -72,7 +78,7 @@ def run(client: Client, options: argparse.Namespace) -> int:
     try:
         door = _door(client, options)
         from client.load.ceiling import ceiling, responder
-        from client.load.measure import measure
+        from client.load.measure import LoadFailed, measure
         from client.load.plot import check_plot, draw
         from client.load.report import HEAD, line, remarks
 
@@ -85,21 +91,27 @@ def run(client: Client, options: argparse.Namespace) -> int:
     if not options.json:
         print(f"{door.target}; every answer is checked\n\n{HEAD}")
     runs: list[dict[str, Any]] = []
-    doubts: list[str] = []
-    failed = False
-    for load in _loads(options):
-        try:
-            found = {"name": load.name, **measure(door, load, digits)}
-        except OSError as error:
-            print(f"mnist-grpc bench: {door.target}: {error.strerror or error}", file=sys.stderr)
-            return 1
+
+    def measured(load: Load) -> dict[str, Any]:
+        found: dict[str, Any] = {"name": load.name, **measure(door, load, digits)}
         if not options.no_ceiling:
             with responder() as own:
                 found["ceiling"] = ceiling(own, load)
         runs.append(found)
         print(json.dumps({"target": door.target, **found}) if options.json else line(found), flush=True)
-        doubts += [f"{load.name}: {remark}" for remark in remarks(found)]
-        failed = failed or bool(found["faults"]) or not found["latency_us"]["count"]
+        return found
+
+    try:
+        for load in _loads(options):
+            if load.rate is not None and load.rate < 0:  # a share of the capacity
+                capacity = measured(replace(load, rate=None, callers=CAPACITY_CALLERS))["messages_per_second"]
+                load = replace(load, rate=max(-load.rate * capacity, 1.0))
+            measured(load)
+    except (OSError, ValueError, LoadFailed) as error:
+        print(f"mnist-grpc bench: {door.target}: {error}", file=sys.stderr)
+        return 1
+    doubts = [f"{found['name']}: {remark}" for found in runs for remark in remarks(found)]
+    failed = any(found["faults"] or not found["latency_us"]["count"] for found in runs)
     if not options.json and not options.no_ceiling:
         print("\nceiling/s: messages a second of the generator itself, at a server that computes nothing")
     for doubt in doubts:
@@ -199,4 +211,5 @@ def _counts(text: str) -> list[int]:
 
 
 def _rates(text: str) -> list[float]:
-    return [_positive(one) for one in text.split(",")]
+    """Shares of the capacity are negative."""
+    return [-_positive(one[:-1]) / 100 if one.endswith("%") else _positive(one) for one in text.split(",")]

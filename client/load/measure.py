@@ -15,6 +15,8 @@ from client.load.loop import Closed, Open, Outcome, Times, at_random, evenly, ru
 from client.load.wire import Connection, ConnectionEnded
 
 CONNECTIONS = 4
+CALLERS_A_CONNECTION = 64
+"""At most, where nothing else is said; servers allow a hundred or more."""
 SETTINGS_SECONDS = 10.0
 
 
@@ -37,7 +39,7 @@ class Load:
     even: bool = False
     """Whether these times are as far apart from each other, and not random."""
     connections: int = 0
-    """0: four, or as many as callers if these are fewer; a single one for a stream. Each has one stream."""
+    """0: four, as many as callers if these are fewer, and more for more than 256; one for a stream. A stream each."""
     seconds: float = 5.0
     warm_up: float = 1.0
     patience: float = 10.0
@@ -46,7 +48,9 @@ class Load:
     def connection_count(self) -> int:
         if self.connections or self.kind == "stream":
             return self.connections or 1
-        return CONNECTIONS if self.rate is not None else min(self.callers, CONNECTIONS)
+        if self.rate is not None:
+            return CONNECTIONS
+        return max(min(self.callers, CONNECTIONS), -(-self.callers // CALLERS_A_CONNECTION))
 
     @property
     def name(self) -> str:
@@ -77,14 +81,23 @@ def measure(door: Door, load: Load, digits: Sequence[int] | None) -> dict[str, A
 
     Raises:
         OSError: nobody can be reached.
+        ValueError: the server does not allow so many callers on so many connections.
     """
     job = Job(load.kind, load.images, digits)
     times = Times(load.warm_up, load.seconds, load.patience)
     with ExitStack() as stack:
-        lanes: list[Lane] = []
-        for connection in connect(door, job.path, load.connection_count):
+        connections = connect(door, job.path, load.connection_count)
+        for connection in connections:
             stack.callback(connection.close)
-            lanes.append(StreamLane(connection, job) if load.kind == "stream" else UnaryLane(connection, job))
+        if load.kind == "stream":
+            lanes: list[Lane] = [StreamLane(connection, job) for connection in connections]
+        else:
+            lanes = [UnaryLane(connection, job) for connection in connections]
+            share = -(-load.callers // len(lanes))
+            if load.rate is None and share > (most := min(connection.max_streams for connection in connections)):
+                raise ValueError(
+                    f"{load.callers} callers on {len(lanes)} connections are {share} each, and the server allows {most}"
+                )
         start = time.monotonic()
         if load.rate is None:
             outcome = run(lanes, Closed(lanes, load.callers), start, times)

@@ -9,6 +9,7 @@ Knows nothing of what the messages say.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import socket
 import ssl
@@ -86,6 +87,7 @@ class Connection:
 
     Attributes:
         open: calls that are under way, by the number of their stream.
+        max_streams: how many the server allows at a time.
     """
 
     def __init__(
@@ -107,7 +109,10 @@ class Connection:
         self._socket = socket.create_connection((host, int(port)), CONNECT_SECONDS)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if tls is not None:
-            self._socket = tls.wrap_socket(self._socket, server_hostname=server_name or host)
+            with contextlib.ExitStack() as failed:
+                failed.callback(self._socket.close)
+                self._socket = tls.wrap_socket(self._socket, server_hostname=server_name or host)
+                failed.pop_all()
         self._socket.setblocking(False)
         scheme = "http" if tls is None else "https"
         fields = [(":method", "POST"), (":scheme", scheme), (":path", path), (":authority", server_name or target)]
@@ -119,7 +124,7 @@ class Connection:
         self._bodies: deque[tuple[int, memoryview, bool]] = deque()  # what flow control holds back; is it the end
         self._unreturned: dict[int, int] = {0: 0}  # bytes that came, by stream; 0 is the connection
         self._next_stream = 1
-        self._max_streams = MOST
+        self.max_streams = MOST
         self._refused = False
         self.is_ready = False
         """Whether the server's settings have come."""
@@ -142,7 +147,7 @@ class Connection:
     @property
     def has_room(self) -> bool:
         """Whether the server allows one more call, going by its settings and by what it refused since a call ended."""
-        return not self.open or (len(self.open) < self._max_streams and not self._refused)
+        return not self.open or (len(self.open) < self.max_streams and not self._refused)
 
     @property
     def wants_to_write(self) -> bool:
@@ -284,7 +289,7 @@ class Connection:
         elif kind == SETTINGS and not flags & ACK:
             for setting, value in struct.iter_unpack(">HI", content):
                 if setting == MAX_CONCURRENT_STREAMS:
-                    self._max_streams = value
+                    self.max_streams = value
                 elif setting == INITIAL_WINDOW_SIZE:
                     for open_ in self._windows:
                         self._windows[open_] += value - self._initial_window

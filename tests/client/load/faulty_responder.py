@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+import struct
 import sys
 import time
 
 from client.load.responder import OK_TAIL, Responder, framed, ready_answer, ready_result, serve, whole_answer
-from client.load.wire import END_HEADERS, END_STREAM, HEADERS, frame, literal
+from client.load.wire import END_HEADERS, END_STREAM, HEADERS, MAX_CONCURRENT_STREAMS, SETTINGS, frame, literal
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 
 FREEZE_SECONDS = 1.0
@@ -19,9 +21,14 @@ class Faulty(Responder):
     fault = ""
     count = 0
 
+    def __init__(self, connection: socket.socket) -> None:
+        super().__init__(connection)
+        if self.fault == "strict":
+            self._out = bytearray(frame(SETTINGS, 0, 0, struct.pack(">HI", MAX_CONCURRENT_STREAMS, 8)))
+
     def answer(self, stream: int, kind: str, message_bytes: int) -> None:
         Faulty.count += 1
-        if Faulty.count != TURN:
+        if Faulty.count != TURN or self.fault == "strict":
             super().answer(stream, kind, message_bytes)
         elif self.fault == "freeze":
             time.sleep(FREEZE_SECONDS)

@@ -59,6 +59,14 @@ def test_programs_get_an_object_for_each_run(kind: str, capsys: pytest.CaptureFi
     assert run["late_us"]["count"] > 0
 
 
+def test_a_rate_may_be_a_share_of_what_64_callers_get(capsys: pytest.CaptureFixture[str]) -> None:
+    with FakeServer() as server:
+        assert bench(server.target, "--rate", "10%", "--json") == 0
+    capacity, run = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (capacity["callers"], capacity["rate"]) == (64, None)
+    assert run["rate"] == pytest.approx(max(0.1 * capacity["messages_per_second"], 1))
+
+
 def test_another_digit_under_load_than_alone_fails_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     images = itertools.count()
 

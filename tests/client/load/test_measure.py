@@ -118,6 +118,19 @@ def test_a_server_that_answers_nothing_has_no_figures() -> None:
         require_right({"faults": {}, "latency_us": {"count": 0}})
 
 
+def test_more_callers_than_the_server_allows_at_a_time_are_not_measured_as_if_they_were(faulty: Faulty) -> None:
+    strict = Door(faulty("strict"))
+    with pytest.raises(ValueError, match="18 callers on 2 connections are 9 each, and the server allows 8"):
+        measure(strict, quick(callers=18, connections=2), None)
+    require_right(measure(strict, quick(callers=16, connections=2), None))
+    require_right(measure(strict, quick(rate=300, connections=2), None))
+
+
+def test_many_callers_have_more_connections() -> None:
+    assert [Load(callers=count).connection_count for count in (1, 3, 64, 256, 257, 1024)] == [1, 3, 4, 4, 5, 16]
+    assert Load("stream", callers=64).connection_count == 1
+
+
 def test_a_port_where_nobody_is_raises() -> None:
     with pytest.raises(OSError, match="refused"):
         measure(Door("127.0.0.1:1"), quick(), None)
