@@ -24,7 +24,7 @@ class Faulty(Responder):
     def __init__(self, connection: socket.socket) -> None:
         super().__init__(connection)
         if self.fault == "strict":
-            self._out = bytearray(frame(SETTINGS, 0, 0, struct.pack(">HI", MAX_CONCURRENT_STREAMS, 8)))
+            self._out[:0] = frame(SETTINGS, 0, 0, struct.pack(">HI", MAX_CONCURRENT_STREAMS, 8))
 
     def answer(self, stream: int, kind: str, message_bytes: int) -> None:
         Faulty.count += 1
