@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import multiprocessing
 import statistics
@@ -34,9 +35,10 @@ import numpy.typing as npt
 import client
 from bench.processes import server
 from server.golden import golden_digits
-from server.settings import EMBEDDED_WEIGHTS
+from server.settings import EMBEDDED_WEIGHTS, TRANSPORTS
 
 WARM_UP_SECONDS = 0.3
+CALLERS = (1, 64)
 FORWARD_SECONDS = 0.5
 FORWARD_BATCH = 256
 IMAGES = 10_000
@@ -115,13 +117,13 @@ class Callers:
         self._latencies.append(seconds)
 
 
-def measure_coalescing(target: str, rounds: int, seconds: float) -> Samples:
+def measure_coalescing(target: str, rounds: int, seconds: float, counts: Sequence[int] = CALLERS) -> Samples:
     """`{"tasks @64": {"alone": [calls/s of each round], "together": [...], ...}}`."""
     pixels, digits = golden_digits()
     callers = Callers(target, [*pixels.reshape(-1, 28, 28)], digits.tolist())
     samples: Samples = {}
     for number in range(rounds):
-        for kind, count in (("tasks", 1), ("tasks", 64), ("threads", 1), ("threads", 64)):
+        for kind, count in itertools.product(("tasks", "threads"), counts):
             ways = [("alone", False), ("together", True)]
             for way, coalesce in ways if number % 2 == 0 else ways[::-1]:
                 sample = callers.measure(kind, count, seconds, coalesce)
@@ -236,19 +238,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="how often everything is measured (default: 5)")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each way of calling (default: 1)")
     parser.add_argument("--workers", type=int, default=1, help="processes of the server (default: 1)")
+    parser.add_argument("--transport", choices=TRANSPORTS, default=TRANSPORTS[0], help="of the server")
+    parser.add_argument("--callers", type=int, action="append", help="for coalescing (default: 1 and 64)")
     parser.add_argument("--connections", type=int, default=1, help="of the client, for batch (default: 1)")
     parser.add_argument("--data-dir", type=Path, help="folder with MNIST/raw, for batch; else the golden digits")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.seconds <= 0:
         parser.error(f"--rounds is 1 or more and --seconds above 0, not {options.rounds} and {options.seconds}")
-    ours = ("--port", "0", "--workers", str(options.workers), "--weights", EMBEDDED_WEIGHTS, "--log-level", "warning")
+    ours = ["--port", "0", "--workers", str(options.workers), "--weights", EMBEDDED_WEIGHTS, "--log-level", "warning"]
+    ours += ["--transport", options.transport]
     figures: dict[str, Samples] = {}
     print(f"{options.rounds} rounds; medians; ratios with their smallest and largest")
     try:
         with server("server", ours) as running:
             if options.what != "batch":
-                figures["coalescing"] = measure_coalescing(running.target, options.rounds, options.seconds)
+                figures["coalescing"] = measure_coalescing(
+                    running.target, options.rounds, options.seconds, options.callers or CALLERS
+                )
                 print_coalescing(figures["coalescing"])
             if options.what != "coalescing":
                 figures["batch"] = measure_batch(running.target, options.rounds, options.connections, options.data_dir)

@@ -1,4 +1,4 @@
-"""The other anchor: the bare network, one thread, no service around it."""
+"""The other anchor: the bare network, one thread, no service around it; and one image as it is served."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bench.scenarios import IMAGES, images
+from bench.messages import best_us
+from client.load.images import IMAGES, images
 from digits.checkpoint import load_checkpoint
 from digits.preprocessing import normalize
+from digits.snapshot import take_snapshot
+from server.inference import load_classifier
 from server.settings import EMBEDDED_WEIGHTS
 
 
@@ -46,3 +49,23 @@ class Forward:
                 self._network(features)
             done += IMAGES
         return done / (now - start)
+
+
+class OneImage:
+    """A single image through the whole of what a server computes, and through three matrix products."""
+
+    def __init__(self) -> None:
+        self._classifier = load_classifier(take_snapshot(EMBEDDED_WEIGHTS), max_batch_size=1)
+        self._pixels = images()[:1]
+        network = load_checkpoint(EMBEDDED_WEIGHTS).network.state_dict()
+        self._weights = [network[f"fc{layer}.weight"].numpy() for layer in (1, 2, 3)]
+        self._vectors = [np.ones(weights.shape[1], np.float32) for weights in self._weights]
+
+    def served_us(self) -> float:
+        """From pixels to probabilities and digit score, as `Classifier.predict` does it."""
+        return best_us(lambda: self._classifier.predict(self._pixels))
+
+    def products_us(self) -> float:
+        """The three products of weights and vectors in NumPy, and nothing between them."""
+        pairs = [*zip(self._weights, self._vectors, strict=True)]
+        return best_us(lambda: [weights.dot(vector) for weights, vector in pairs])

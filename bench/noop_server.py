@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 import grpc
 import numpy as np
 
-from bench.scenarios import SCENARIOS, fixed_digits
+from bench.scenarios import SCENARIOS
+from client.load.images import fixed_digits
 from digits.preprocessing import CLASSES, PIXELS
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 from protos.mnist.v1 import digit_classifier_pb2_grpc as pb_grpc

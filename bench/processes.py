@@ -24,6 +24,10 @@ class Server:
         times = self._process.cpu_times()
         return float(times.user + times.system)
 
+    def resident_mb(self) -> float:
+        """Resident memory."""
+        return float(self._process.memory_info().rss / 1e6)
+
 
 class Generator:
     """The load generator; see `bench.load`."""

@@ -17,6 +17,7 @@ from client._core import DEFAULT_TIMEOUT, checked_timeout
 from client._errors import MnistGrpcError
 from client._sync import Client
 from client._types import Prediction
+from client.load.command import add_command as add_bench
 from client.video.command import add_command as add_video
 
 VARIABLE_PREFIX = "MNIST_GRPC_"
@@ -171,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     health.set_defaults(run=_health)
 
     add_video(commands, common)
+    add_bench(commands, common)
     return parser
 
 

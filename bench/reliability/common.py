@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from bench.scenarios import images
+from client.load.images import images
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from bench.reliability.common import BrokenRule, Known
-from bench.scenarios import IMAGES
+from client.load.images import IMAGES
 from digits.preprocessing import PIXELS, SIDE
 from protos.inference import grpc_inference_service_pb2 as oip
 from protos.mnist.v1 import digit_classifier_pb2 as pb

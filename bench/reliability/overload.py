@@ -36,8 +36,8 @@ from bench.reliability.common import (
     processes,
     serving,
 )
-from bench.scenarios import IMAGES, rows_of
-from bench.wire import Call, Connection
+from client.load.images import IMAGES, rows_of
+from client.load.wire import Call, Connection
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 
 CONNECTIONS = 4

@@ -33,7 +33,7 @@ from bench.reliability.common import (
     processes,
     serving,
 )
-from bench.scenarios import IMAGES
+from client.load.images import IMAGES
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 
 NEVER_READING = 8

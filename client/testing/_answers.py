@@ -47,13 +47,13 @@ def digit_png(digit: int) -> bytes:
         ValueError: there is no such digit.
     """
     buffer = io.BytesIO()
-    Image.fromarray(_samples()[checked_digit(digit)].reshape(SIDE, SIDE)).save(buffer, "PNG")
+    Image.fromarray(samples()[checked_digit(digit)].reshape(SIDE, SIDE)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def nearest_sample(pixels: npt.NDArray[np.uint8]) -> int:
     """The digit of that one of twenty samples which is most like `uint8[784]`."""
-    difference = _samples().astype(np.int32) - pixels
+    difference = samples().astype(np.int32) - pixels
     return int(np.square(difference).sum(axis=1).argmin()) % CLASSES
 
 
@@ -100,7 +100,7 @@ def _row(digit: object, confidence: float) -> Row:
 
 
 @functools.cache
-def _samples() -> npt.NDArray[np.uint8]:
+def samples() -> npt.NDArray[np.uint8]:
     """`uint8[20, 784]`; sample i shows the digit i % 10."""
     with resources.files("client.testing").joinpath("digits.png").open("rb") as file, Image.open(file) as sheet:
         pixels = np.array(sheet, np.uint8)

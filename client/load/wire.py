@@ -3,18 +3,21 @@
 A Python gRPC client takes as much processor time for a call as the server does,
 so on one machine it cannot send what is too much for the server. This one takes
 some 40 µs, with what a caller does to check the answer. It does what a load
-generator needs and no more: unary calls without TLS, within the server's limits
-of streams and flow.
+generator needs and no more, within the server's limits of streams and flow.
+Knows nothing of what the messages say.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import socket
+import ssl
 import struct
 import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import hpack
@@ -29,7 +32,12 @@ INITIAL_WINDOW = 65_535
 FRAME_BYTES = 16_384
 REFUSED_STREAM = 7
 MOST = 2**31 - 1
+CONNECT_SECONDS = 10.0
 RECEIVE_BYTES = 1 << 18
+WINDOW_GIVEN_BACK = 1 << 30
+"""A window of 2 GiB is given back when so much of it is used."""
+
+WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class ConnectionEnded(Exception):
@@ -42,8 +50,8 @@ class Call:
 
     tag: Any
     """What the caller gave."""
-    body: bytes = b""
-    """The answer's message with gRPC's five bytes before it; empty where there is none."""
+    body: bytearray = field(default_factory=bytearray)
+    """The answer's messages, each with gRPC's five bytes before it; `take_messages` empties it."""
     headers: bytes = b""
     """The last header block, where a status stands."""
     reset: int | None = None
@@ -58,7 +66,16 @@ class Call:
 
     @property
     def message(self) -> bytes:
-        return self.body[5:]
+        """The only message of a unary call's answer; empty where there is none."""
+        return bytes(self.body[5:])
+
+    def take_messages(self) -> Iterator[bytes]:
+        """The messages of a stream's answer that have come as a whole, each once."""
+        body, start = self.body, 0
+        while len(body) >= start + 5 and len(body) >= (end := start + 5 + int.from_bytes(body[start + 1 : start + 5])):
+            yield bytes(body[start + 5 : end])
+            start = end
+        del body[:start]
 
     def metadata(self) -> dict[str, bytes]:
         """The trailing metadata, with `grpc-status` and `grpc-message`."""
@@ -70,22 +87,44 @@ class Connection:
 
     Attributes:
         open: calls that are under way, by the number of their stream.
+        max_streams: how many the server allows at a time.
     """
 
-    def __init__(self, target: str, path: str) -> None:
-        """Connect to `host:port` for calls of a method's `/package.Service/Method`."""
+    def __init__(
+        self,
+        target: str,
+        path: str,
+        *,
+        tls: ssl.SSLContext | None = None,
+        server_name: str | None = None,
+        metadata: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        """Connect to `host:port` for calls of a method's `/package.Service/Method`, each with this metadata.
+
+        Raises:
+            OSError: nobody is there, or TLS with it does not come about.
+        """
         host, _, port = target.rpartition(":")
-        self._socket = socket.create_connection((host.strip("[]"), int(port)))
+        host = host.strip("[]")
+        self._socket = socket.create_connection((host, int(port)), CONNECT_SECONDS)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if tls is not None:
+            with contextlib.ExitStack() as failed:
+                failed.callback(self._socket.close)
+                self._socket = tls.wrap_socket(self._socket, server_hostname=server_name or host)
+                failed.pop_all()
         self._socket.setblocking(False)
-        fields = [(":method", "POST"), (":scheme", "http"), (":path", path), (":authority", target)]
-        fields += [("te", "trailers"), ("content-type", "application/grpc"), ("user-agent", "bench-wire")]
-        self._fields = b"".join(_literal(name, value) for name, value in fields)
+        scheme = "http" if tls is None else "https"
+        fields = [(":method", "POST"), (":scheme", scheme), (":path", path), (":authority", server_name or target)]
+        fields += [("te", "trailers"), ("content-type", "application/grpc"), ("user-agent", "mnist-grpc-bench")]
+        fields += metadata
+        self._fields = b"".join(literal(name, value) for name, value in fields)
         self._received = bytearray()
         self._unsent = bytearray()
-        self._bodies: deque[tuple[int, memoryview]] = deque()  # what flow control holds back
+        self._bodies: deque[tuple[int, memoryview, bool]] = deque()  # what flow control holds back; is it the end
+        self._unreturned: dict[int, int] = {0: 0}  # bytes that came, by stream; 0 is the connection
         self._next_stream = 1
-        self._max_streams = MOST
+        self.max_streams = MOST
         self._refused = False
         self.is_ready = False
         """Whether the server's settings have come."""
@@ -95,8 +134,8 @@ class Connection:
         self.open: dict[int, Call] = {}
         # No dynamic table: then equal blocks mean equal fields, and each can be read by itself.
         settings = struct.pack(">HIHI", HEADER_TABLE_SIZE, 0, INITIAL_WINDOW_SIZE, MOST)
-        self._unsent += PREFACE + _frame(SETTINGS, 0, 0, settings)
-        self._unsent += _frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", MOST - INITIAL_WINDOW))
+        self._unsent += PREFACE + frame(SETTINGS, 0, 0, settings)
+        self._unsent += frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", MOST - INITIAL_WINDOW))
         self.exchange()
 
     def fileno(self) -> int:
@@ -108,24 +147,28 @@ class Connection:
     @property
     def has_room(self) -> bool:
         """Whether the server allows one more call, going by its settings and by what it refused since a call ended."""
-        return not self.open or (len(self.open) < self._max_streams and not self._refused)
+        return not self.open or (len(self.open) < self.max_streams and not self._refused)
 
     @property
     def wants_to_write(self) -> bool:
         return bool(self._unsent)
 
     def call(self, message: bytes, tag: Any = None, timeout: float | None = None) -> None:
-        """Begin a call; `exchange` sends it."""
-        stream = self._next_stream
-        self._next_stream += 2
-        fields = self._fields
-        if timeout is not None:
-            fields += _literal("grpc-timeout", f"{max(int(timeout * 1e6), 1)}u")
-        self._unsent += _frame(HEADERS, END_HEADERS, stream, fields)
-        self._windows[stream] = self._initial_window
-        self.open[stream] = Call(tag)
-        self._bodies.append((stream, memoryview(struct.pack(">BI", 0, len(message)) + message)))
-        self._fill()
+        """Begin a unary call; `flush` or `exchange` sends it."""
+        self._put(self._begin(Call(tag), timeout), message, True)
+
+    def stream(self, tag: Any = None) -> tuple[int, Call]:
+        """Begin a call of many messages; return the number of its stream for `send` and `end`."""
+        call = Call(tag)
+        return self._begin(call, None), call
+
+    def send(self, stream: int, message: bytes) -> None:
+        """One more message of a stream."""
+        self._put(stream, message, False)
+
+    def end(self, stream: int) -> None:
+        """No more messages of a stream; to be called when all of them are answered."""
+        self._unsent += frame(DATA, END_STREAM, stream, b"")
 
     def exchange(self) -> list[Call]:
         """Send and receive what can be without waiting; return the calls that have ended.
@@ -137,35 +180,62 @@ class Connection:
         try:
             while content := self._socket.recv(RECEIVE_BYTES):
                 self._received += content
-                if len(content) < RECEIVE_BYTES:
-                    break
+                if len(content) < RECEIVE_BYTES and not isinstance(self._socket, ssl.SSLSocket):
+                    break  # TLS may hold more, of which a selector would not tell
             else:
                 raise ConnectionEnded("the server closed the connection")
-        except BlockingIOError:
+        except WOULD_BLOCK:
             pass
+        except OSError as error:
+            raise ConnectionEnded(f"the connection was lost: {error.strerror or error}") from error
         self._take(ended)
+        self.flush()
+        return ended
+
+    def flush(self) -> None:
+        """Send what can be without waiting.
+
+        Raises:
+            ConnectionEnded: by the server.
+        """
         if self._unsent:
             try:
                 sent = self._socket.send(self._unsent)
                 del self._unsent[:sent]
-            except BlockingIOError:
+            except WOULD_BLOCK:
                 pass
-        return ended
+            except OSError as error:
+                raise ConnectionEnded(f"the connection was lost: {error.strerror or error}") from error
+
+    def _begin(self, call: Call, timeout: float | None) -> int:
+        stream = self._next_stream
+        self._next_stream += 2
+        fields = self._fields
+        if timeout is not None:
+            fields += literal("grpc-timeout", f"{max(int(timeout * 1e6), 1)}u")
+        self._unsent += frame(HEADERS, END_HEADERS, stream, fields)
+        self._windows[stream] = self._initial_window
+        self.open[stream] = call
+        return stream
+
+    def _put(self, stream: int, message: bytes, ends: bool) -> None:
+        self._bodies.append((stream, memoryview(struct.pack(">BI", 0, len(message)) + message), ends))
+        self._fill()
 
     def _fill(self) -> None:
         """Put as much of the bodies into frames as flow control allows."""
         for _ in range(len(self._bodies)):
-            stream, body = self._bodies.popleft()
+            stream, body, ends = self._bodies.popleft()
             if stream not in self.open:
                 continue
             while body and (size := min(len(body), FRAME_BYTES, self._window, self._windows[stream])) > 0:
-                last = size == len(body)
-                self._unsent += _frame(DATA, END_STREAM if last else 0, stream, body[:size])
+                last = ends and size == len(body)
+                self._unsent += frame(DATA, END_STREAM if last else 0, stream, body[:size])
                 self._window -= size
                 self._windows[stream] -= size
                 body = body[size:]
             if body:
-                self._bodies.append((stream, body))
+                self._bodies.append((stream, body, ends))
 
     def _take(self, ended: list[Call]) -> None:
         received, start = self._received, 0
@@ -185,35 +255,46 @@ class Connection:
             if kind not in (DATA, HEADERS, RST_STREAM):
                 self._obey(kind, flags, stream, content)
                 continue
+            if kind == DATA:
+                self._give_back(0, length)
             if (call := self.open.get(stream)) is None:
                 continue  # it was reset
             if kind == DATA:
                 call.body += content
+                self._give_back(stream, length)
             elif kind == HEADERS:
                 call.headers = content
             else:
                 call.reset = int.from_bytes(content)
             if kind == RST_STREAM or flags & END_STREAM:
                 del self.open[stream], self._windows[stream]
+                self._unreturned.pop(stream, None)
                 self._refused = call.was_not_begun
                 call.ended_at = now
                 ended.append(call)
         del received[:start]
 
+    def _give_back(self, stream: int, length: int) -> None:
+        used = self._unreturned.get(stream, 0) + length
+        if used >= WINDOW_GIVEN_BACK:
+            self._unsent += frame(WINDOW_UPDATE, 0, stream, used.to_bytes(4))
+            used = 0
+        self._unreturned[stream] = used
+
     def _obey(self, kind: int, flags: int, stream: int, content: bytes) -> None:
         if kind == GOAWAY:
             raise ConnectionEnded(f"the server said GOAWAY: {content[8:].decode(errors='replace')}")
         if kind == PING and not flags & ACK:
-            self._unsent += _frame(PING, ACK, 0, content)
+            self._unsent += frame(PING, ACK, 0, content)
         elif kind == SETTINGS and not flags & ACK:
             for setting, value in struct.iter_unpack(">HI", content):
                 if setting == MAX_CONCURRENT_STREAMS:
-                    self._max_streams = value
+                    self.max_streams = value
                 elif setting == INITIAL_WINDOW_SIZE:
                     for open_ in self._windows:
                         self._windows[open_] += value - self._initial_window
                     self._initial_window = value
-            self._unsent += _frame(SETTINGS, ACK, 0, b"")
+            self._unsent += frame(SETTINGS, ACK, 0, b"")
             self.is_ready = True
             self._fill()
         elif kind == WINDOW_UPDATE:
@@ -224,16 +305,25 @@ class Connection:
             self._fill()
 
 
-def _frame(kind: int, flags: int, stream: int, content: bytes | memoryview) -> bytes:
+def frame(kind: int, flags: int, stream: int, content: bytes | memoryview) -> bytes:
     return b"".join((struct.pack(">IBI", len(content) << 8 | kind, flags, stream), content))
 
 
-def _literal(name: str, value: str) -> bytes:
+def literal(name: str, value: str) -> bytes:
     """A header field that no table remembers (RFC 7541, 6.2.2)."""
-    encoded = [name.encode(), value.encode()]
-    if max(map(len, encoded)) > 126:
-        raise ValueError(f"a header field has at most 126 bytes, {name}: {value} has more")
-    return b"\0" + b"".join(bytes([len(text)]) + text for text in encoded)
+    return b"\0" + b"".join(_length(len(text)) + text for text in (name.encode(), value.encode()))
+
+
+def _length(value: int) -> bytes:
+    """Of a string that is not in Huffman's code (RFC 7541, 5.1)."""
+    if value < 127:
+        return bytes([value])
+    encoded, value = bytearray([127]), value - 127
+    while value >= 128:
+        encoded.append(value & 127 | 128)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
 
 
 @functools.lru_cache(maxsize=10_000)

@@ -1,0 +1,153 @@
+"""`mnist-grpc bench`: what people and programs see of it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+pytest.importorskip("hpack")
+
+from client import cli
+from client.load import plot
+from client.load.images import IMAGES
+from client.testing import FakeServer
+from client.testing._answers import nearest_sample
+from tests.client.certificates import Authority
+from tests.client.conftest import real_server
+
+QUICK = ["--seconds", "0.2", "--warm-up", "0.1", "--no-ceiling"]
+
+
+def bench(target: str, *arguments: str) -> int:
+    return cli.main(["bench", "--target", target, *QUICK, *arguments])
+
+
+def test_people_get_a_line_for_each_run(capsys: pytest.CaptureFixture[str]) -> None:
+    with FakeServer() as server:
+        assert bench(server.target, "--callers", "1,4", "--images", "1,3") == 0
+    out, error = capsys.readouterr()
+    assert error == ""
+    assert [line[:28].strip() for line in out.splitlines()[3:]] == [
+        "classify, 1 image, 1 caller",
+        "classify, 1 image, 4 callers",
+        "classify, 3 images, 1 caller",
+        "classify, 3 images, 4 caller",
+    ]
+
+
+def test_the_generator_s_own_ceiling_stands_beside_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    with FakeServer() as server:
+        arguments = ["--seconds", "0.2", "--warm-up", "0.1", "--callers", "2", "--json"]
+        assert cli.main(["bench", "--target", server.target, *arguments]) == 0
+    (run,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert run["ceiling"]["messages_per_second"] > 0
+
+
+@pytest.mark.parametrize("kind", ["classify", "stream"])
+def test_programs_get_an_object_for_each_run(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with FakeServer() as server:
+        assert bench(server.target, "--kind", kind, "--rate", "50", "--even", "--json") == 0
+    (run,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (run["kind"], run["rate"], run["callers"], run["faults"]) == (kind, 50, None, {})
+    assert 9 <= run["latency_us"]["count"] <= 11
+    assert run["late_us"]["count"] > 0
+
+
+def test_a_rate_may_be_a_share_of_what_64_callers_get(capsys: pytest.CaptureFixture[str]) -> None:
+    with FakeServer() as server:
+        assert bench(server.target, "--rate", "10%", "--json") == 0
+    capacity, run = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (capacity["callers"], capacity["rate"]) == (64, None)
+    assert run["rate"] == pytest.approx(max(0.1 * capacity["messages_per_second"], 1))
+
+
+def test_another_digit_under_load_than_alone_fails_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    images = itertools.count()
+
+    def wrong_once(pixels: npt.NDArray[np.uint8]) -> int:
+        digit = nearest_sample(pixels)
+        return (digit + 1) % 10 if next(images) == IMAGES + 5 else digit
+
+    with FakeServer(wrong_once) as server:
+        assert bench(server.target, "--rate", "100", "--seconds", "0.5") == 1
+    assert "FAILED: 1 x wrong answer: message " in capsys.readouterr().err
+
+
+def test_a_server_that_reads_no_digits_is_not_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    with FakeServer(3) as server:
+        assert bench(server.target) == 1
+    out, error = capsys.readouterr()
+    assert "reads 26 of 256 known digits right" in error
+    assert out == ""
+
+
+def test_a_picture_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "bench.png"
+    with FakeServer() as server:
+        assert bench(server.target, "--callers", "1,4", "--plot", str(file)) == 0
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_missing_is_told_with_the_command_that_brings_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match=r"pip install 'mnist-grpc\[bench\]'"):
+        plot.check_plot("a.png")
+    for name in [name for name in sys.modules if name.startswith("client.load.") and name != "client.load.command"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "hpack", None)
+    assert bench("127.0.0.1:1") == 2
+    assert "pip install 'mnist-grpc[bench]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--callers", "0"], "a whole number, 1 or more, not '0'"),
+        (["--images", "1,x"], "a whole number, 1 or more, not 'x'"),
+        (["--rate", "1", "--callers", "1"], "not allowed with"),
+        (["--seconds", "nan"], "a number above 0, not 'nan'"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        bench("127.0.0.1:1", *arguments)
+    assert ended.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["dns:///localhost:1", "a:1,b:2", "localhost:x"])
+def test_one_server_with_a_port_is_measured(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = bench(target)
+    except SystemExit as ended:  # no target at all
+        code = int(ended.code or 0)
+    assert code == 2
+
+
+def test_a_real_server_behind_tls_that_wants_a_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("cryptography")
+    authority = Authority("authority", tmp_path)
+    pair = authority.issue("localhost")
+    token = tmp_path / "token"
+    token.write_text("longer-than-127-bytes-" * 10)
+    token.chmod(0o600)
+    flags: list[str | Path] = ["--tls-cert", pair.certificate, "--tls-key", pair.key, "--auth-token-file", token]
+    with real_server(tmp_path, *flags) as address:
+        target = address.replace("127.0.0.1", "localhost")
+        secure = ["--ca", str(authority.file), "--token-file", str(token), "--json"]
+        assert bench(target, "--callers", "4", *secure) == 0
+        assert bench(target, "--kind", "infer", "--rate", "100", "--images", "3", *secure) == 0
+        assert bench(target, "--callers", "4", "--images", "256", *secure) == 0
+    runs = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert all(run["latency_us"]["count"] > 0 for run in runs)
