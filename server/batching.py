@@ -295,7 +295,7 @@ class DynamicBatcher(Generic[Item, Result]):
         futures = []
         for item in items:
             flow.finish = max(self._now, flow.finish) + len(item)
-            entry = _Entry[Item, Result](
+            entry: _Entry[Item, Result] = _Entry(
                 item,
                 now,
                 deadline,

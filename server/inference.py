@@ -99,7 +99,13 @@ class Classifier:
         return self._arrays is not None
 
     def predict(self, rows: Rows) -> Scores:
-        """Return the scores of a block of images."""
+        """Return the scores of a block of images.
+
+        In one thread: more of them would fight over the cores with the rest of
+        a server this small. That is said here because OpenMP knows it of the
+        thread that says it, and of no other.
+        """
+        torch.set_num_threads(1)
         if rows.dtype == np.uint8:
             if self._arrays is not None and len(rows) == 1:
                 return self._predict_one(cast(npt.NDArray[np.uint8], rows[0]), self._arrays)
@@ -204,15 +210,11 @@ def load_classifier(
 ) -> Classifier:
     """Load weights, warm them up and have them read the golden digits.
 
-    One torch thread: more of them would fight over the cores with the rest of a
-    server this small.
-
     Raises:
         UnfitModel: the weights cannot be loaded, the device does not exist, the
             manifest gives a lower test accuracy than `min_accuracy` or none, or
             the model reads too few golden digits, or takes them for none.
     """
-    torch.set_num_threads(1)
     try:
         checkpoint = parse_checkpoint(snapshot)
     except InvalidCheckpoint as error:

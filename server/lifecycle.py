@@ -9,6 +9,7 @@ from server.app import DigitServer
 from server.deployment import Deployment
 from server.errors import CannotServe
 from server.instruments import Instruments
+from server.memory import spare_collections
 from server.settings import Settings
 from server.signals import Told, unless
 
@@ -39,6 +40,7 @@ async def serve(settings: Settings) -> None:
         try:
             if await unless(told.to_stop, deployment.first()):
                 # Only now: a client that has another server would spend its retries on one that is not ready.
+                spare_collections()
                 await server.start()
                 print(f"serving on {server.address}", flush=True)
                 delay = settings.drain_delay

@@ -13,9 +13,8 @@ import random
 import time
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Hashable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
@@ -362,23 +361,25 @@ class DigitService:
         flow = flow or Flow()
         while True:
             answers = await self._submit_once(rows, deadline, flow)
-            if len({answer.result.model_version for answer in answers}) == 1:
+            if len(answers) == 1 or len({answer.result.model_version for answer in answers}) == 1:
                 return answers
             # The model was exchanged between two parts.
 
     async def _submit_once(self, rows: Rows, deadline: float | None, flow: Flow) -> list[Answer[Scores]]:
         size = min(self._settings.max_batch_size, PART_ROWS)
-        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        count = len(rows)
+        parts = [rows] if count <= size else [rows[start : start + size] for start in range(0, count, size)]
         try:
             futures = self._batcher.enqueue(parts, deadline=deadline, flow=flow)
         except QueueFull as error:
             raise Overloaded(str(error), self._retry_after()) from error
         try:
             return [await future for future in futures]
-        finally:
+        except BaseException:
             for future in futures:
                 if not future.cancel() and not future.cancelled():
                     future.exception()  # another part's failure is the one that is told
+            raise
 
     def _retry_after(self) -> float:
         """When there should be room again; no two callers are told the same, or they would all come at once."""
@@ -419,22 +420,27 @@ def deadline_after(timeout: float | None) -> float | None:
     return None if timeout is None else asyncio.get_running_loop().time() + timeout
 
 
-@contextmanager
-def named_errors() -> Iterator[None]:
-    """Turn whatever went wrong into the ServiceError that the caller may see."""
-    try:
-        yield
-    except ServiceError:
-        raise
-    except QueueClosed as error:
-        raise NotServing("the server is about to stop") from error
-    except DeadlineExpired as error:
-        raise DeadlineExceeded(str(error)) from error
-    except Exception as error:
+class named_errors:  # read as a word in `with`
+    """Turns whatever went wrong in a `with` into the ServiceError that the caller may see."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not isinstance(error, Exception) or isinstance(error, ServiceError):
+            return
+        if isinstance(error, QueueClosed):
+            raise NotServing("the server is about to stop") from error
+        if isinstance(error, DeadlineExpired):
+            raise DeadlineExceeded(str(error)) from error
         # The callers of a failed batch share its exception, and so one incident and one traceback.
         incident_id: str | None = getattr(error, "incident_id", None)
         if incident_id is None:
             incident_id = uuid.uuid4().hex[:12]
             error.incident_id = incident_id  # type: ignore[attr-defined]
-            logger.exception("incident %s", incident_id)
+            logger.error("incident %s", incident_id, exc_info=error)
         raise Internal(incident_id) from error

@@ -25,7 +25,7 @@ from server.control import Fields, Line, LineLost
 from server.deployment import Served
 from server.errors import CannotServe, not_installed
 from server.loop import run
-from server.memory import use_one_arena
+from server.memory import spare_collections, use_one_arena
 from server.settings import Settings
 from server.signals import unless
 from server.threads import in_daemon_thread
@@ -80,6 +80,7 @@ class Worker:
             case "serve":
                 self._begun.serve_prepared()
             case "listen":
+                spare_collections()
                 await self._begun.start()
                 self._listens = True
             case "stop":
