@@ -55,7 +55,7 @@ class TrainingSettings:
     """The share of the loss that is the difference from the teacher; from 0 to 1."""
 
     # Optimiser: SGD with Nesterov's momentum
-    epochs: int = 400
+    epochs: int = 800
     """Passes over the training images; 1 or more."""
 
     batch_size: int = 256
