@@ -33,6 +33,9 @@ from bench.scenarios import images
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 
 ROOT = Path(__file__).parents[2]
+TRANSPORT = "grpcio"
+"""What a server speaks gRPC with, unless it is told otherwise."""
+
 START_SECONDS = 60.0
 STOP_SECONDS = 30.0
 HANG_SECONDS = 30.0
@@ -266,7 +269,9 @@ class Server:
 
 
 @contextmanager
-def serving(*flags: str, module: str = "server", port: int = 0, metrics: bool = True) -> Iterator[Server]:
+def serving(
+    *flags: str, module: str = "server", port: int = 0, metrics: bool = True, transport: str = TRANSPORT
+) -> Iterator[Server]:
     """Run a server; it is ready when it says so, and is ended when left.
 
     One worker, unless the flags say otherwise; without `metrics`, gauges cannot be asked for.
@@ -277,7 +282,9 @@ def serving(*flags: str, module: str = "server", port: int = 0, metrics: bool = 
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with log.open("w") as stderr:
-            server = start(*flags, module=module, port=port, stderr=stderr, log=log, metrics=metrics)
+            server = start(
+                *flags, module=module, port=port, stderr=stderr, log=log, metrics=metrics, transport=transport
+            )
             try:
                 yield server
                 if server.is_alive:
@@ -289,10 +296,18 @@ def serving(*flags: str, module: str = "server", port: int = 0, metrics: bool = 
                 _kill(server.process)
 
 
-def start(*flags: str, module: str, port: int, stderr: IO[str], log: Path, metrics: bool = True) -> Server:
+def start(
+    *flags: str,
+    module: str,
+    port: int,
+    stderr: IO[str],
+    log: Path,
+    metrics: bool = True,
+    transport: str = TRANSPORT,
+) -> Server:
     """Start a server process that the caller ends; see `serving`."""
     metrics_port = free_port()
-    defaults = {"--workers": "1", "--log-level": "warning"}
+    defaults = {"--workers": "1", "--log-level": "warning", "--transport": transport}
     if metrics:
         defaults["--metrics-port"] = str(metrics_port)
     command = [sys.executable, "-m", module, "--port", str(port)]

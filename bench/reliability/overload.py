@@ -26,6 +26,7 @@ from grpc_health.v1 import health_pb2
 from bench.reliability.common import (
     HANG_SECONDS,
     QUEUE_GAUGE,
+    TRANSPORT,
     BrokenRule,
     Known,
     Latencies,
@@ -78,10 +79,12 @@ class Checks:
     reason: str = ""
 
 
-def run(report: Report, *, seconds: float = 10.0, images: int = 0, factor: float = 3.0) -> None:
+def run(
+    report: Report, *, seconds: float = 10.0, images: int = 0, factor: float = 3.0, transport: str = TRANSPORT
+) -> None:
     """Measure capacity, then `factor` times that, for `seconds` each and each kind of call; or for so many images."""
     answers = known()
-    with serving() as server, processes(2) as pool:
+    with serving(transport=transport) as server, processes(2) as pool:
         for name, (count, callers) in LOADS.items():
             if images not in (0, count):
                 continue
