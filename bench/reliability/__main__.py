@@ -25,7 +25,7 @@ SCENARIOS = {
     "resume": "streams whose connections are cut and whose servers are restarted",
     "reload": "weights that are exchanged under load, some of them broken",
     "fuzz": "hostile messages, files and connections beside good ones",
-    "soak": "a million images through every door",
+    "soak": "a million calls through every door, with cancellations, new weights and restarts",
 }
 
 

@@ -6,6 +6,7 @@ load generators, which get the answers handed to them, stay light.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import queue
@@ -108,10 +109,16 @@ class Known:
 
     def probabilities(self, version: str, rows: Sequence[int] | npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
         """What the version says of these of the images, [n, 10]."""
-        logits = self.logits[version][np.asarray(rows)] / self.temperatures[version]
-        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        result: npt.NDArray[np.float32] = powers / powers.sum(axis=1, keepdims=True)
+        result: npt.NDArray[np.float32] = self._probabilities[version][np.asarray(rows)]
         return result
+
+    @functools.cached_property
+    def _probabilities(self) -> dict[str, npt.NDArray[np.float32]]:
+        return {version: _softmax(logits / self.temperatures[version]) for version, logits in self.logits.items()}
+
+    @functools.cached_property
+    def _digits(self) -> dict[str, npt.NDArray[np.intp]]:
+        return {version: logits.argmax(axis=1) for version, logits in self.logits.items()}
 
     def check(self, response: pb.ClassifyResponse, rows: Sequence[int] | npt.NDArray[np.intp]) -> str:
         """Raise BrokenRule unless this is what the version that the receipt names says; return the version."""
@@ -130,15 +137,23 @@ class Known:
         """Raise BrokenRule unless this is what the version says; logits only where there are any."""
         if version not in self.logits:
             raise BrokenRule(f"an answer names the unknown version {version!r}")
-        logits = self.logits[version][np.asarray(rows)]
+        expected = self._digits[version][np.asarray(rows)]
         found = np.array(digits)
-        if found.shape != (len(rows),) or (found != logits.argmax(axis=1)).any():
-            raise BrokenRule(f"digits {found.tolist()} instead of {logits.argmax(axis=1).tolist()}")
+        if found.shape != (len(rows),) or (found != expected).any():
+            raise BrokenRule(f"digits {found.tolist()} instead of {expected.tolist()}")
         _check_near(
             probabilities, self.probabilities(version, rows), f"probabilities that version {version} does not give"
         )
         if len(given_logits):
-            _check_near(given_logits, logits, f"logits that version {version} does not give")
+            _check_near(
+                given_logits, self.logits[version][np.asarray(rows)], f"logits that version {version} does not give"
+            )
+
+
+def _softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    result: npt.NDArray[np.float32] = powers / powers.sum(axis=1, keepdims=True)
+    return result
 
 
 def _check_near(given: Any, expected: npt.NDArray[np.float32], complaint: str) -> None:

@@ -126,13 +126,17 @@ def load(target: str, answers: Known, deadline: float | None, folder: str) -> Ou
     return asyncio.run(_load(target, answers, deadline, folder))
 
 
+def _wait_for_the_stall_of_others(folder: str) -> None:
+    Path(folder, CONNECTED).touch()
+    wait_for_file(f"{folder}/{STALLED}")
+
+
 async def _load(target: str, answers: Known, deadline: float | None, folder: str) -> Outcome:
     outcome = Outcome([], [])
     async with connect(target) as channel:
         stub = loads.stub_of(channel)
         await channel.channel_ready()
-        Path(folder, CONNECTED).touch()
-        await asyncio.to_thread(wait_for_file, f"{folder}/{STALLED}")
+        await asyncio.to_thread(_wait_for_the_stall_of_others, folder)
 
         async def hasty(number: int) -> None:
             start = time.monotonic()

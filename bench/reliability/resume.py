@@ -123,12 +123,13 @@ def _restart(report: Report, pool: Generators, answers: Known, fleet: Fleet, res
 
 
 class Fleet:
-    """Servers that come back at the ports that they had; a context manager."""
+    """Servers with these flags that come back at the ports that they had; a context manager."""
 
-    def __init__(self, report: Report, transport: str) -> None:
+    def __init__(self, report: Report, transport: str, *flags: str) -> None:
         self.servers: list[Server] = []
         self._report = report
         self._transport = transport
+        self._flags = flags
         self._ports: list[int] = []
         self._places: list[contextlib.ExitStack] = []  # of each server one, as it ends when it is restarted
 
@@ -148,7 +149,7 @@ class Fleet:
     def add(self) -> None:
         self._ports.append(free_port())
         self._places.append(contextlib.ExitStack())
-        self.servers.append(self._places[-1].enter_context(serving(port=self._ports[-1], transport=self._transport)))
+        self.servers.append(self._places[-1].enter_context(self._serving(self._ports[-1])))
 
     def restart(self, which: int, kill: bool) -> None:
         """End a server, by SIGKILL or as an operator does, and start it again."""
@@ -158,9 +159,10 @@ class Fleet:
             self._report.require(server.process.returncode == 0, "a drained server ends with exit code 0")
             check_health(self._report, server, alive=False)
         self._places[which].close()
-        self.servers[which] = self._places[which].enter_context(
-            serving(port=self._ports[which], transport=self._transport)
-        )
+        self.servers[which] = self._places[which].enter_context(self._serving(self._ports[which]))
+
+    def _serving(self, port: int) -> contextlib.AbstractContextManager[Server]:
+        return serving(*self._flags, port=port, transport=self._transport)
 
 
 def _tell(report: Report, what: str, outcome: Outcome) -> None:
