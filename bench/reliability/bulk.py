@@ -2,8 +2,9 @@
 
 A server that drains ends its connections in order, and tells which calls it has
 not begun. These are made again, on another connection, and so are those that it
-refuses with UNAVAILABLE; of a stream, the frames that were not answered yet. A
-call that gets no answer at all is lost.
+refuses with UNAVAILABLE; of a stream, the frames that were not answered yet.
+grpcio's server ends calls that have come, and that it has not taken in, with
+CANCELLED. A call that gets no answer at all is lost.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ IN_FLIGHT = 24
 """On each of them."""
 RECONNECT_SECONDS = 0.05
 MAX_COMPLAINTS = 5
+OK, CANCELLED, UNAVAILABLE = b"0", b"1", b"14"
 
 
 @dataclass
@@ -55,8 +57,8 @@ class Tally:
     ended: Counter[str] = field(default_factory=Counter)
     """By kind and end."""
     images: int = 0
-    again: int = 0
-    """Calls that were made again, as a server did not begin them or told to go elsewhere."""
+    again: Counter[str] = field(default_factory=Counter)
+    """Calls that were made again, by what the server said."""
     wrong: int = 0
     lost: int = 0
     complaints: list[str] = field(default_factory=list)
@@ -120,16 +122,17 @@ class Place:
             self.connection = None
 
 
-def load(targets: list[str], answers: Known, calls: int, seed: int, done: str, has_plain: bool) -> Tally:
+def load(targets: list[str], answers: Known, calls: int, seed: int, done: str, transport: str) -> Tally:
     """Call until so many calls have ended, and a file has appeared."""
-    return _Load(targets, answers, seed, has_plain).run(calls, done)
+    return _Load(targets, answers, seed, transport).run(calls, done)
 
 
 class _Load:
-    def __init__(self, targets: list[str], answers: Known, seed: int, has_plain: bool) -> None:
+    def __init__(self, targets: list[str], answers: Known, seed: int, transport: str) -> None:
         self._answers = answers
         self._random = random.Random(seed)
-        self._has_plain = has_plain
+        self._has_plain = transport == "asgi"
+        self._takes_back = transport == "grpcio"
         self._places = [Place(target) for target in targets for _ in range(CONNECTIONS)]
         self._again: deque[Job] = deque()
         self._doomed: deque[tuple[int, Connection, Call]] = deque()
@@ -198,7 +201,7 @@ class _Load:
         for connection in {*readable, *writable}:
             try:
                 for call in connection.exchange():
-                    self._end(call)
+                    self._end(call, connection.is_leaving)
                 is_left = connection.is_leaving and not connection.open
             except ConnectionEnded as error:
                 for call in connection.open.values():
@@ -208,11 +211,14 @@ class _Load:
             if is_left:
                 connections[connection].drop()
 
-    def _end(self, call: Call) -> None:
+    def _end(self, call: Call, is_leaving: bool) -> None:
         job: Job = call.tag
         self._ended_at = time.monotonic()
         if call.was_not_begun:
-            self._make_again(job)
+            self._make_again(job, "not begun")
+            return
+        if is_leaving and self._takes_back and call.metadata().get("grpc-status") == CANCELLED:
+            self._make_again(job, "CANCELLED, and not taken in")
             return
         if call.reset is not None:
             self._tally.note_lost(f"{job} was reset with {call.reset}")
@@ -227,10 +233,11 @@ class _Load:
             self._tally.ended[f"{job.name}, right answers"] += 1
         else:  # the rest, where it was refused
             self._tally.images += sum(job.counts[:answered])
-            self._make_again(Job(job.path, job.start + sum(job.counts[:answered]), job.counts[answered:]))
+            rest = Job(job.path, job.start + sum(job.counts[:answered]), job.counts[answered:])
+            self._make_again(rest, "UNAVAILABLE")
 
-    def _make_again(self, job: Job) -> None:
-        self._tally.again += 1
+    def _make_again(self, job: Job, reason: str) -> None:
+        self._tally.again[reason] += 1
         self._again.append(job)
 
     # Requests ----------------------------------------------------------------------------
@@ -269,14 +276,14 @@ class _Load:
             return self._check_plain(job, call)
         metadata = call.metadata()
         status = metadata.get("grpc-status")
-        if status not in (b"0", b"14"):  # UNAVAILABLE
+        if status not in (OK, UNAVAILABLE):
             raise BrokenRule(f"it ended with {status!r}: {metadata.get('grpc-message')!r}")
         if job.path == STREAM:
             answered = self._check_stream(job, call)
-            if status == b"0" and answered != len(job.counts):
+            if status == OK and answered != len(job.counts):
                 raise BrokenRule(f"{answered} of {len(job.counts)} messages were answered")
             return answered
-        if status != b"0":
+        if status != OK:
             return 0
         rows = self._answers.rows(job.start, job.counts[0])
         if job.path == INFER:

@@ -76,12 +76,11 @@ def run(
             start = time.monotonic()
             for part in range(parts):
                 done = Path(folder) / f"done {part}"
-                has_plain = transport == "asgi"
                 by_grpc = int(calls / parts * GRPC_SHARE)
                 in_bulk = -(-calls // parts) - by_grpc
                 targets = [server.target for server in fleet.servers]
                 attacks = [
-                    pool.submit(bulk.load, targets, answers, in_bulk, seed + part, str(done), has_plain),
+                    pool.submit(bulk.load, targets, answers, in_bulk, seed + part, str(done), transport),
                     pool.submit(load, steady.target, answers, by_grpc, seed + part),
                 ]
                 users = pool.submit(sdk.load_async, fleet.target, golden, SDK_CLIENTS, SDK_TASKS, str(done))
@@ -104,7 +103,8 @@ def run(
             for outcome, count in sorted(total.ended.items()):
                 report.row(outcome, f"{count:,}")
             report.row("calls / their images", f"{total.calls:,} / {total.images:,}")
-            report.row("  told to go to the other server, and made again there", f"{total.again:,}")
+            for reason, count in sorted(total.again.items()):
+                report.row(f"  made again: {reason} by a server that drained", f"{count:,}")
             report.row("  wrong / lost", f"{total.wrong} / {total.lost}")
             report.row("new weights / restarts", f"{parts} / {parts}")
             report.require(total.wrong == total.lost == 0, " | ".join(total.complaints))
