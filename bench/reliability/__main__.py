@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.reliability import common
+from server.settings import TRANSPORTS
 
 SCENARIOS = {
     "latency": "what batching costs a lone caller and gives many; an idle server; small calls beside large ones",
@@ -24,7 +25,7 @@ SCENARIOS = {
     "resume": "streams whose connections are cut and whose servers are restarted",
     "reload": "weights that are exchanged under load, some of them broken",
     "fuzz": "hostile messages, files and connections beside good ones",
-    "soak": "a million images through every door",
+    "soak": "a million calls through every door, with cancellations, new weights and restarts",
 }
 
 
@@ -57,7 +58,8 @@ def _options(name: str, flags: list[str]) -> dict[str, Any]:
             "--" + parameter.name.replace("_", "-"),
             type=type(parameter.default),
             default=parameter.default,
-            metavar="N",
+            choices=TRANSPORTS if parameter.name == "transport" else None,
+            metavar=" or ".join(TRANSPORTS) if parameter.name == "transport" else "N",
             help=f"default: {parameter.default}",
         )
     return vars(parser.parse_args(flags))

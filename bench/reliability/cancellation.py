@@ -13,6 +13,7 @@ from bench.reliability.common import (
     HANG_SECONDS,
     QUEUE_GAUGE,
     STREAMS_GAUGE,
+    TRANSPORT,
     BrokenRule,
     Known,
     Report,
@@ -31,11 +32,13 @@ STREAM_SHARE = 0.25
 CALLERS = 64
 
 
-def run(report: Report, *, calls: int = 30_000, seed: int = 0, memory_limit: float = 0.05) -> None:
+def run(
+    report: Report, *, calls: int = 30_000, seed: int = 0, memory_limit: float = 0.05, transport: str = TRANSPORT
+) -> None:
     """Send the calls; a quarter are streams of ten messages."""
     answers = known()
     # A queue in which all that is in flight has room: a refusal would not be a fault.
-    with serving("--max-queue-size", "1000000") as server, processes(1) as pool:
+    with serving("--max-queue-size", "1000000", transport=transport) as server, processes(1) as pool:
         outcomes: Counter[str] = pool.submit(load, server.target, answers, max(500, calls // 5), seed).result()
         before = server.rss_mb()
         outcomes = pool.submit(load, server.target, answers, calls, seed + 1).result()

@@ -6,6 +6,7 @@ load generators, which get the answers handed to them, stay light.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import queue
@@ -33,6 +34,9 @@ from client.load.images import images
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 
 ROOT = Path(__file__).parents[2]
+TRANSPORT = "grpcio"
+"""What a server speaks gRPC with, unless it is told otherwise."""
+
 START_SECONDS = 60.0
 STOP_SECONDS = 30.0
 HANG_SECONDS = 30.0
@@ -105,10 +109,16 @@ class Known:
 
     def probabilities(self, version: str, rows: Sequence[int] | npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
         """What the version says of these of the images, [n, 10]."""
-        logits = self.logits[version][np.asarray(rows)] / self.temperatures[version]
-        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        result: npt.NDArray[np.float32] = powers / powers.sum(axis=1, keepdims=True)
+        result: npt.NDArray[np.float32] = self._probabilities[version][np.asarray(rows)]
         return result
+
+    @functools.cached_property
+    def _probabilities(self) -> dict[str, npt.NDArray[np.float32]]:
+        return {version: _softmax(logits / self.temperatures[version]) for version, logits in self.logits.items()}
+
+    @functools.cached_property
+    def _digits(self) -> dict[str, npt.NDArray[np.intp]]:
+        return {version: logits.argmax(axis=1) for version, logits in self.logits.items()}
 
     def check(self, response: pb.ClassifyResponse, rows: Sequence[int] | npt.NDArray[np.intp]) -> str:
         """Raise BrokenRule unless this is what the version that the receipt names says; return the version."""
@@ -127,15 +137,23 @@ class Known:
         """Raise BrokenRule unless this is what the version says; logits only where there are any."""
         if version not in self.logits:
             raise BrokenRule(f"an answer names the unknown version {version!r}")
-        logits = self.logits[version][np.asarray(rows)]
+        expected = self._digits[version][np.asarray(rows)]
         found = np.array(digits)
-        if found.shape != (len(rows),) or (found != logits.argmax(axis=1)).any():
-            raise BrokenRule(f"digits {found.tolist()} instead of {logits.argmax(axis=1).tolist()}")
+        if found.shape != (len(rows),) or (found != expected).any():
+            raise BrokenRule(f"digits {found.tolist()} instead of {expected.tolist()}")
         _check_near(
             probabilities, self.probabilities(version, rows), f"probabilities that version {version} does not give"
         )
         if len(given_logits):
-            _check_near(given_logits, logits, f"logits that version {version} does not give")
+            _check_near(
+                given_logits, self.logits[version][np.asarray(rows)], f"logits that version {version} does not give"
+            )
+
+
+def _softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    result: npt.NDArray[np.float32] = powers / powers.sum(axis=1, keepdims=True)
+    return result
 
 
 def _check_near(given: Any, expected: npt.NDArray[np.float32], complaint: str) -> None:
@@ -266,7 +284,9 @@ class Server:
 
 
 @contextmanager
-def serving(*flags: str, module: str = "server", port: int = 0, metrics: bool = True) -> Iterator[Server]:
+def serving(
+    *flags: str, module: str = "server", port: int = 0, metrics: bool = True, transport: str = TRANSPORT
+) -> Iterator[Server]:
     """Run a server; it is ready when it says so, and is ended when left.
 
     One worker, unless the flags say otherwise; without `metrics`, gauges cannot be asked for.
@@ -277,7 +297,9 @@ def serving(*flags: str, module: str = "server", port: int = 0, metrics: bool = 
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with log.open("w") as stderr:
-            server = start(*flags, module=module, port=port, stderr=stderr, log=log, metrics=metrics)
+            server = start(
+                *flags, module=module, port=port, stderr=stderr, log=log, metrics=metrics, transport=transport
+            )
             try:
                 yield server
                 if server.is_alive:
@@ -289,10 +311,18 @@ def serving(*flags: str, module: str = "server", port: int = 0, metrics: bool = 
                 _kill(server.process)
 
 
-def start(*flags: str, module: str, port: int, stderr: IO[str], log: Path, metrics: bool = True) -> Server:
+def start(
+    *flags: str,
+    module: str,
+    port: int,
+    stderr: IO[str],
+    log: Path,
+    metrics: bool = True,
+    transport: str = TRANSPORT,
+) -> Server:
     """Start a server process that the caller ends; see `serving`."""
     metrics_port = free_port()
-    defaults = {"--workers": "1", "--log-level": "warning"}
+    defaults = {"--workers": "1", "--log-level": "warning", "--transport": transport}
     if metrics:
         defaults["--metrics-port"] = str(metrics_port)
     command = [sys.executable, "-m", module, "--port", str(port)]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 
 from bench.reliability import loads
 from bench.reliability.common import (
     HANG_SECONDS,
+    TRANSPORT,
     BrokenRule,
     Known,
     Latencies,
@@ -23,6 +26,7 @@ from bench.reliability.common import (
     processes,
     serving,
     unexpected,
+    wait_for_file,
 )
 from bench.reliability.stall import stall_image
 from protos.mnist.v1 import digit_classifier_pb2 as pb
@@ -34,6 +38,8 @@ HASTY = 100
 PATIENT = 10
 """Calls that wait."""
 SETTLE_SECONDS = 0.2
+CONNECTED, STALLED = "connected", "stalled"
+"""Files by which the load and the scenario wait for each other."""
 
 STALLS = {"in a thread": 64, "on the event loop": 1}
 """Rows of the request that stalls; a small batch is computed on the event loop itself."""
@@ -49,18 +55,22 @@ class Outcome:
     """When each of them was told, on the clock that the machine's processes share."""
 
 
-def run(report: Report, *, rounds: int = 5) -> None:
+def run(report: Report, *, rounds: int = 5, transport: str = TRANSPORT) -> None:
     """Stall the model, in each of the places where it runs, with many calls behind it."""
     answers = known()
-    with serving(module="bench.reliability.stalling_server") as server, processes(2) as pool:
+    with serving(module="bench.reliability.stalling_server", transport=transport) as server, processes(2) as pool:
         for place, rows in STALLS.items():
             late: list[float] = []
             in_time = 0
             for deadline in [DEADLINE_SECONDS, None] * rounds:
-                stalled = pool.submit(stall, server.target, answers, rows)
-                _wait_for_stall(server)
-                outcome = pool.submit(load, server.target, answers, deadline).result()
-                stall_ended = stalled.result()
+                with tempfile.TemporaryDirectory() as folder:
+                    loading = pool.submit(load, server.target, answers, deadline, folder)
+                    wait_for_file(f"{folder}/{CONNECTED}")
+                    stalled = pool.submit(stall, server.target, answers, rows)
+                    _wait_for_stall(server)
+                    Path(folder, STALLED).touch()
+                    outcome = loading.result()
+                    stall_ended = stalled.result()
                 late += outcome.late_seconds
                 in_time += sum(moment < stall_ended for moment in outcome.told)
                 _check_computed(report, server, rows, place)
@@ -107,16 +117,26 @@ def stall(target: str, answers: Known, rows: int) -> float:
     return asyncio.run(call())
 
 
-def load(target: str, answers: Known, deadline: float | None) -> Outcome:
-    """Send the hasty calls and the patient ones; with no deadline, the hasty ones are cancelled after that time."""
-    return asyncio.run(_load(target, answers, deadline))
+def load(target: str, answers: Known, deadline: float | None, folder: str) -> Outcome:
+    """Send the hasty calls and the patient ones; with no deadline, the hasty ones are cancelled after that time.
+
+    The connection is made before the stall, as one that is being made would use
+    up the deadlines; files in the folder tell of both.
+    """
+    return asyncio.run(_load(target, answers, deadline, folder))
 
 
-async def _load(target: str, answers: Known, deadline: float | None) -> Outcome:
+def _wait_for_the_stall_of_others(folder: str) -> None:
+    Path(folder, CONNECTED).touch()
+    wait_for_file(f"{folder}/{STALLED}")
+
+
+async def _load(target: str, answers: Known, deadline: float | None, folder: str) -> Outcome:
     outcome = Outcome([], [])
     async with connect(target) as channel:
         stub = loads.stub_of(channel)
-        await channel.channel_ready()  # a connection that is being made would use up the deadlines
+        await channel.channel_ready()
+        await asyncio.to_thread(_wait_for_the_stall_of_others, folder)
 
         async def hasty(number: int) -> None:
             start = time.monotonic()

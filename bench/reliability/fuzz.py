@@ -25,6 +25,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from bench.reliability import loads
 from bench.reliability.common import (
     HANG_SECONDS,
+    TRANSPORT,
     BrokenRule,
     Known,
     Latencies,
@@ -62,10 +63,12 @@ FATAL = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
 """A crash, and a hang: they end the run."""
 
 
-def run(report: Report, *, messages: int = 200_000, seed: int = 0, memory_limit: float = 0.05) -> None:
+def run(
+    report: Report, *, messages: int = 200_000, seed: int = 0, memory_limit: float = 0.05, transport: str = TRANSPORT
+) -> None:
     """Send so many hostile messages, and call from the neighbourhood meanwhile."""
     answers = known()
-    with serving("--admin", "true") as server, processes(2) as pool:
+    with serving("--admin", "true", transport=transport) as server, processes(2) as pool:
         methods = pool.submit(find_methods, server.target).result()
         report.row("methods under attack", len(methods))
         outcomes: Counter[str] = Counter()
@@ -278,8 +281,7 @@ class _Attack:
         try:
             async for response in call:
                 for block in response.blocks:
-                    if not answered or answered[-1] != block.first_sequence:
-                        answered.append(block.first_sequence)
+                    answered += range(block.first_sequence, block.first_sequence + block.frame_count)
         except grpc.RpcError as error:
             status = self._check_status("a stream of damaged images", error)
         firsts = sorted({first for first in answered if first < STREAM_MESSAGES})

@@ -15,6 +15,7 @@ from bench.processes import server as bench_server
 from bench.reliability import loads
 from bench.reliability.common import (
     HANG_SECONDS,
+    TRANSPORT,
     Known,
     Latencies,
     Report,
@@ -31,12 +32,14 @@ IDLE_SETTLE_SECONDS = 2.0
 ROWS, BATCHES = "mnist_grpc_rows_computed_total", "mnist_grpc_batches_total"
 
 
-def run(report: Report, *, rounds: int = 7, seconds: float = 3.0, idle_seconds: float = 10.0) -> None:
+def run(
+    report: Report, *, rounds: int = 7, seconds: float = 3.0, idle_seconds: float = 10.0, transport: str = TRANSPORT
+) -> None:
     """Measure in rounds of `seconds` a figure; the servers take turns in going first."""
     answers = known()
     (logits,) = answers.logits.values()
     digits = logits.argmax(axis=1).tolist()
-    with serving() as ours, bench_server("bench.noop_server") as noop, generator() as load:
+    with serving(transport=transport) as ours, bench_server("bench.noop_server") as noop, generator() as load:
         ratios = []
         medians: dict[str, list[float]] = {ours.target: [], noop.target: []}
         for number in range(rounds):
@@ -69,7 +72,7 @@ def run(report: Report, *, rounds: int = 7, seconds: float = 3.0, idle_seconds: 
         time.sleep(idle_seconds)
         report.row("an idle server's share of a core", f"{(ours.cpu_seconds() - before_cpu) / idle_seconds:.2%}")
         check_health(report, ours)
-    with serving() as ours, processes(2) as pool:
+    with serving(transport=transport) as ours, processes(2) as pool:
         alone, beside = [], []
         for _ in range(rounds):
             alone.append(pool.submit(single, ours.target, answers, seconds).result())

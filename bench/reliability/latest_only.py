@@ -12,6 +12,7 @@ import numpy as np
 from bench.reliability import loads
 from bench.reliability.common import (
     HANG_SECONDS,
+    TRANSPORT,
     BrokenRule,
     Known,
     Latencies,
@@ -46,11 +47,11 @@ class Video:
     """The same of those that were overtaken."""
 
 
-def run(report: Report, *, messages: int = 300) -> None:
+def run(report: Report, *, messages: int = 300, transport: str = TRANSPORT) -> None:
     """Send the messages ten times as fast as the model computes them."""
     answers = known()
     for place, frames in PLACES.items():
-        with serving(module="bench.reliability.stalling_server") as server, processes(1) as pool:
+        with serving(module="bench.reliability.stalling_server", transport=transport) as server, processes(1) as pool:
             video: Video = pool.submit(load, server.target, answers, messages, frames).result()
             report.row(f"model {place}: answered / overtaken", f"{len(video.lags)} / {len(video.told)}", "messages")
             lags, told = Latencies(video.lags), Latencies(video.told)
@@ -88,15 +89,17 @@ async def _load(target: str, answers: Known, messages: int, frames: int) -> Vide
     async with connect(target) as channel:
         async for response in loads.stub_of(channel).StreamClassify(source(), timeout=HANG_SECONDS):
             for block in response.blocks:
-                if (block.first_sequence, block.frame_count) != (number * size, size):
+                count = max(block.frame_count // size, 1)  # of messages: those that came together may share a block
+                if (block.first_sequence, block.frame_count) != (number * size, count * size):
                     raise BrokenRule(f"message {number} was answered with {block}")
                 lag = time.monotonic() - sent[number]
                 if block.WhichOneof("outcome") == "result":
                     version = block.result.receipt.model_version
-                    probabilities = np.array(block.result.probabilities, np.float32).reshape(size, -1)
-                    answers.check_columns(
-                        version, answers.rows(number, frames), block.result.digits[1:], probabilities[1:]
-                    )
+                    digits = np.array(block.result.digits).reshape(count, size)
+                    probabilities = np.array(block.result.probabilities, np.float32).reshape(count, size, -1)
+                    for index in range(count):
+                        rows = answers.rows(number + index, frames)
+                        answers.check_columns(version, rows, digits[index, 1:], probabilities[index, 1:])
                     if number >= PATIENT:
                         video.lags.append(lag)
                 elif block.error.code != ABORTED:
@@ -104,9 +107,9 @@ async def _load(target: str, answers: Known, messages: int, frames: int) -> Vide
                 elif number < PATIENT:
                     raise BrokenRule("a frame was dropped before anybody asked for the latest only")
                 else:
-                    video.told.append(lag)
+                    video.told += [lag] * count
                 answered = block.WhichOneof("outcome") == "result"
-                number += 1
+                number += count
     if number != messages:
         raise BrokenRule(f"{messages} messages were sent, {number} were answered")
     if not answered:

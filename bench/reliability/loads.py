@@ -90,17 +90,20 @@ async def stream(
     call = stub.StreamClassify(messages(), timeout=timeout)
     cancelling = _cancel_later(call, cancel_after)
     versions = set()
-    expected = iter(zip(firsts, counts, strict=True))
+    expected = iter(zip(firsts, counts, strict=True))  # a block is of a message, or of several
     try:
         async for response in call:
             for block in response.blocks:
                 first, count = next(expected, (-1, 0))
+                window.release()
+                while count < block.frame_count and (more := next(expected, None)) is not None:
+                    count += more[1]
+                    window.release()
                 if (block.first_sequence, block.frame_count) != (first, count):
                     raise BrokenRule(f"frames {first}+{count} were answered with {block}")
                 if block.WhichOneof("outcome") != "result":
                     raise BrokenRule(f"good frames were answered with {block.error}")
                 versions.add(known.check(block.result, known.rows(first, count)))
-                window.release()
         if (left := next(expected, None)) is not None:
             raise BrokenRule(f"a stream ended, and frame {left[0]} was never answered")
         return versions

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import statistics
 
-from bench.reliability.common import Report, check_health, known, processes, serving
+from bench.reliability.common import TRANSPORT, Report, check_health, known, processes, serving
 from bench.reliability.overload import capacity
 
 CALLERS = 64
 
 
-def run(report: Report, *, rounds: int = 15, seconds: float = 3.0) -> None:
+def run(report: Report, *, rounds: int = 15, seconds: float = 3.0, transport: str = TRANSPORT) -> None:
     """Have 64 callers of single images ask both servers, for `seconds` a round."""
     answers = known()
-    with serving() as on, serving(metrics=False) as off, processes(1) as pool:
+    with serving(transport=transport) as on, serving(metrics=False, transport=transport) as off, processes(1) as pool:
         ratios = []
         rates: dict[str, list[float]] = {on.target: [], off.target: []}
         for number in range(rounds):

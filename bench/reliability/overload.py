@@ -26,6 +26,7 @@ from grpc_health.v1 import health_pb2
 from bench.reliability.common import (
     HANG_SECONDS,
     QUEUE_GAUGE,
+    TRANSPORT,
     BrokenRule,
     Known,
     Latencies,
@@ -78,10 +79,12 @@ class Checks:
     reason: str = ""
 
 
-def run(report: Report, *, seconds: float = 10.0, images: int = 0, factor: float = 3.0) -> None:
+def run(
+    report: Report, *, seconds: float = 10.0, images: int = 0, factor: float = 3.0, transport: str = TRANSPORT
+) -> None:
     """Measure capacity, then `factor` times that, for `seconds` each and each kind of call; or for so many images."""
     answers = known()
-    with serving() as server, processes(2) as pool:
+    with serving(transport=transport) as server, processes(2) as pool:
         for name, (count, callers) in LOADS.items():
             if images not in (0, count):
                 continue
@@ -161,7 +164,7 @@ def capacity(target: str, answers: Known, count: int, callers: int, seconds: flo
         while time.monotonic() < start + seconds:
             for connection in opened:
                 while waiting and connection.has_room and len(connection.open) < -(-callers // len(opened)):
-                    connection.call(requests.messages[number % IMAGES], number)
+                    connection.call(requests.messages[number % IMAGES], tag=number)
                     waiting, number = waiting - 1, number + 1
             for call in _exchange(opened, selector, POLL_SECONDS):
                 waiting += 1
@@ -197,7 +200,7 @@ def flood(target: str, answers: Known, count: int, rate: float, begin: float, se
                 first = heapq.heappop(held)
                 connection = min(roomy, key=lambda one: len(one.open))
                 timeout = first + DEADLINE_SECONDS - now
-                connection.call(requests.messages[number % IMAGES], (number, first, now), timeout)
+                connection.call(requests.messages[number % IMAGES], tag=(number, first, now), timeout=timeout)
                 number += 1
             wait = POLL_SECONDS if now >= end else min(max(meant - time.monotonic(), 0), POLL_SECONDS)
             for call in _exchange(opened, selector, wait):

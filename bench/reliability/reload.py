@@ -17,6 +17,7 @@ from bench.reliability import loads
 from bench.reliability.common import (
     HANG_SECONDS,
     QUEUE_GAUGE,
+    TRANSPORT,
     BrokenRule,
     Known,
     Latencies,
@@ -48,7 +49,7 @@ class Outcome:
     """Right answers by version."""
 
 
-def run(report: Report, *, reloads: int = 100, workers: int = 1, seed: int = 0) -> None:
+def run(report: Report, *, reloads: int = 100, workers: int = 1, seed: int = 0, transport: str = TRANSPORT) -> None:
     """Replace the weights file so often."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -62,6 +63,7 @@ def run(report: Report, *, reloads: int = 100, workers: int = 1, seed: int = 0) 
             serving(
                 *("--weights", str(served), "--reload-interval", "0.05", "--workers", str(workers)),
                 *("--log-level", "error"),
+                transport=transport,
             ) as server,
             processes(1) as pool,
         ):

@@ -23,6 +23,7 @@ import numpy.typing as npt
 import client
 from bench.reliability.common import (
     TOLERANCE,
+    TRANSPORT,
     Generators,
     Known,
     Report,
@@ -73,10 +74,10 @@ class Outcome:
         self.complaints += other.complaints
 
 
-def run(report: Report, *, cuts: int = 200, restarts: int = 8) -> None:
+def run(report: Report, *, cuts: int = 200, restarts: int = 8, transport: str = TRANSPORT) -> None:
     """Cut the connections of streams so often, then restart their servers so often."""
     answers = known(pixels=film())
-    with processes(2) as pool, Fleet(report) as fleet:
+    with processes(2) as pool, Fleet(report, transport) as fleet:
         fleet.add()
         _cut(report, pool, answers, fleet.servers[0], cuts)
         _restart(report, pool, answers, fleet, max(restarts // LIVES, 1))
@@ -122,11 +123,13 @@ def _restart(report: Report, pool: Generators, answers: Known, fleet: Fleet, res
 
 
 class Fleet:
-    """Servers that come back at the ports that they had; a context manager."""
+    """Servers with these flags that come back at the ports that they had; a context manager."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: Report, transport: str, *flags: str) -> None:
         self.servers: list[Server] = []
         self._report = report
+        self._transport = transport
+        self._flags = flags
         self._ports: list[int] = []
         self._places: list[contextlib.ExitStack] = []  # of each server one, as it ends when it is restarted
 
@@ -146,7 +149,7 @@ class Fleet:
     def add(self) -> None:
         self._ports.append(free_port())
         self._places.append(contextlib.ExitStack())
-        self.servers.append(self._places[-1].enter_context(serving(port=self._ports[-1])))
+        self.servers.append(self._places[-1].enter_context(self._serving(self._ports[-1])))
 
     def restart(self, which: int, kill: bool) -> None:
         """End a server, by SIGKILL or as an operator does, and start it again."""
@@ -156,7 +159,10 @@ class Fleet:
             self._report.require(server.process.returncode == 0, "a drained server ends with exit code 0")
             check_health(self._report, server, alive=False)
         self._places[which].close()
-        self.servers[which] = self._places[which].enter_context(serving(port=self._ports[which]))
+        self.servers[which] = self._places[which].enter_context(self._serving(self._ports[which]))
+
+    def _serving(self, port: int) -> contextlib.AbstractContextManager[Server]:
+        return serving(*self._flags, port=port, transport=self._transport)
 
 
 def _tell(report: Report, what: str, outcome: Outcome) -> None:

@@ -14,6 +14,7 @@ import grpc
 from bench.reliability import loads, sdk
 from bench.reliability.common import (
     HANG_SECONDS,
+    TRANSPORT,
     Latencies,
     Report,
     Server,
@@ -31,9 +32,9 @@ PAUSE_SECONDS = 0.5
 STALL_SECONDS = 1.5
 
 
-def run(report: Report, *, calls: int = 20_000, restarts: int = 8) -> None:
+def run(report: Report, *, calls: int = 20_000, restarts: int = 8, transport: str = TRANSPORT) -> None:
     """Restart so often, and at least until so many calls were made."""
-    _exit_time(report)
+    _exit_time(report, transport)
     answers = sdk.golden()
     ports = [free_port(), free_port()]
     target = "ipv4:" + ",".join(f"127.0.0.1:{port}" for port in ports)
@@ -41,7 +42,10 @@ def run(report: Report, *, calls: int = 20_000, restarts: int = 8) -> None:
         done = Path(folder) / "done"
         # Each in a stack of its own, as it ends when it is restarted.
         places = [contextlib.ExitStack(), contextlib.ExitStack()]
-        servers = [place.enter_context(serving(port=port)) for place, port in zip(places, ports, strict=True)]
+        servers = [
+            place.enter_context(serving(port=port, transport=transport))
+            for place, port in zip(places, ports, strict=True)
+        ]
         for place in places:
             stack.callback(place.close)
         futures: list[Future[sdk.Outcome]] = [
@@ -58,7 +62,7 @@ def run(report: Report, *, calls: int = 20_000, restarts: int = 8) -> None:
             report.require(servers[which].process.returncode == 0, "a drained server ends with exit code 0")
             check_health(report, servers[which], alive=False)
             places[which].close()
-            servers[which] = places[which].enter_context(serving(port=ports[which]))
+            servers[which] = places[which].enter_context(serving(port=ports[which], transport=transport))
             number += 1
             if any(future.done() for future in futures):
                 break
@@ -82,18 +86,18 @@ def _answered(servers: list[Server]) -> float:
     return sum(server.gauge(label) for server in servers)
 
 
-def _exit_time(report: Report, rounds: int = 3) -> None:
+def _exit_time(report: Report, transport: str, rounds: int = 3) -> None:
     """How soon a server ends: after the last call that it answered, and with a call that is being computed."""
     after = []
     for _ in range(rounds):
-        with serving() as server, processes(1) as pool:
+        with serving(transport=transport) as server, processes(1) as pool:
             refused = pool.submit(call_until_refused, server.target)
             time.sleep(PAUSE_SECONDS)
             server.stop()
             after.append(time.monotonic() - refused.result())
             check_health(report, server, alive=False)
     report.row("exit after the last answer, p50 / max", f"{Latencies(after).at(50)} / {Latencies(after).at(100)}")
-    with serving(module="bench.reliability.stalling_server") as server, processes(1) as pool:
+    with serving(module="bench.reliability.stalling_server", transport=transport) as server, processes(1) as pool:
         answer = pool.submit(call_stalled, server.target)
         server.next_line()  # it stalls
         server.stop()

@@ -15,6 +15,7 @@ import psutil
 from bench.reliability import loads, sdk
 from bench.reliability.common import (
     HANG_SECONDS,
+    TRANSPORT,
     BrokenRule,
     Known,
     Report,
@@ -33,10 +34,13 @@ SERVING_GAUGE = "mnist_grpc_serving"
 CALLS = 'mnist_grpc_calls_total{code="OK",method="mnist.v1.DigitClassifier/Classify"}'
 
 
-def run(report: Report, *, workers: int = 2, kills: int = 5, rounds: int = 5) -> None:
+def run(report: Report, *, workers: int = 2, kills: int = 5, rounds: int = 5, transport: str = TRANSPORT) -> None:
     """Measure the balance `rounds` times for each number of connections; kill a worker so often."""
     answers = known()
-    with serving("--workers", str(workers), "--log-level", "error") as server, processes(2) as pool:
+    with (
+        serving("--workers", str(workers), "--log-level", "error", transport=transport) as server,
+        processes(2) as pool,
+    ):
         _wait_for_workers(server, workers, set())
         made = 0
         for connections in CONNECTIONS:

@@ -85,7 +85,7 @@ class UnaryLane:
         return self._connection.wants_to_write
 
     def send(self, number: int, meant: float) -> None:
-        self._connection.call(self._job.messages[number % IMAGES], (number, meant))
+        self._connection.call(self._job.messages[number % IMAGES], tag=(number, meant))
         self.under_way += 1
 
     def exchange(self) -> list[Answer]:

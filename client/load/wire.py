@@ -30,7 +30,7 @@ HEADER_TABLE_SIZE, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE = 1, 3, 4
 
 INITIAL_WINDOW = 65_535
 FRAME_BYTES = 16_384
-REFUSED_STREAM = 7
+REFUSED_STREAM, CANCEL = 7, 8
 MOST = 2**31 - 1
 CONNECT_SECONDS = 10.0
 RECEIVE_BYTES = 1 << 18
@@ -50,6 +50,8 @@ class Call:
 
     tag: Any
     """What the caller gave."""
+    stream: int = 0
+    """Its number."""
     body: bytearray = field(default_factory=bytearray)
     """The answer's messages, each with gRPC's five bytes before it; `take_messages` empties it."""
     headers: bytes = b""
@@ -77,6 +79,15 @@ class Call:
             start = end
         del body[:start]
 
+    def messages(self) -> list[bytes]:
+        """All of them that are there; of the last, as much as came."""
+        found, start = [], 0
+        while start < len(self.body):
+            end = start + 5 + int.from_bytes(self.body[start + 1 : start + 5])
+            found.append(bytes(self.body[start + 5 : end]))
+            start = end
+        return found
+
     def metadata(self) -> dict[str, bytes]:
         """The trailing metadata, with `grpc-status` and `grpc-message`."""
         return _decoded(self.headers)
@@ -88,6 +99,7 @@ class Connection:
     Attributes:
         open: calls that are under way, by the number of their stream.
         max_streams: how many the server allows at a time.
+        is_leaving: whether the server takes no more calls and answers those that it took, as it said by GOAWAY.
     """
 
     def __init__(
@@ -115,10 +127,12 @@ class Connection:
                 failed.pop_all()
         self._socket.setblocking(False)
         scheme = "http" if tls is None else "https"
-        fields = [(":method", "POST"), (":scheme", scheme), (":path", path), (":authority", server_name or target)]
-        fields += [("te", "trailers"), ("content-type", "application/grpc"), ("user-agent", "mnist-grpc-bench")]
-        fields += metadata
+        authority = [(":method", "POST"), (":scheme", scheme), (":authority", server_name or target)]
+        self._to_server = b"".join(literal(name, value) for name, value in authority)
+        fields = [("te", "trailers"), ("user-agent", "mnist-grpc-bench"), *metadata]
         self._fields = b"".join(literal(name, value) for name, value in fields)
+        self._path = path
+        self._heads: dict[tuple[str, str], bytes] = {}
         self._received = bytearray()
         self._unsent = bytearray()
         self._bodies: deque[tuple[int, memoryview, bool]] = deque()  # what flow control holds back; is it the end
@@ -128,6 +142,7 @@ class Connection:
         self._refused = False
         self.is_ready = False
         """Whether the server's settings have come."""
+        self.is_leaving = False
         self._initial_window = INITIAL_WINDOW
         self._window = INITIAL_WINDOW
         self._windows: dict[int, int] = {}
@@ -147,24 +162,44 @@ class Connection:
     @property
     def has_room(self) -> bool:
         """Whether the server allows one more call, going by its settings and by what it refused since a call ended."""
+        if self.is_leaving:
+            return False
         return not self.open or (len(self.open) < self.max_streams and not self._refused)
 
     @property
     def wants_to_write(self) -> bool:
         return bool(self._unsent)
 
-    def call(self, message: bytes, tag: Any = None, timeout: float | None = None) -> None:
-        """Begin a unary call; `flush` or `exchange` sends it."""
-        self._put(self._begin(Call(tag), timeout), message, True)
+    def call(self, *messages: bytes, tag: Any = None, timeout: float | None = None, path: str = "") -> Call:
+        """Begin a call that has these messages and no more; `flush` or `exchange` sends it."""
+        call = self._begin(Call(tag), self._head(path, "application/grpc", timeout))
+        self._put(call.stream, b"".join(map(_framed, messages)), True)
+        return call
+
+    def post(self, path: str, content_type: str, body: bytes, tag: Any = None) -> Call:
+        """Begin a request of plain HTTP; the same holds for it."""
+        call = self._begin(Call(tag), self._head(path, content_type))
+        self._put(call.stream, body, True)
+        return call
 
     def stream(self, tag: Any = None) -> tuple[int, Call]:
         """Begin a call of many messages; return the number of its stream for `send` and `end`."""
-        call = Call(tag)
-        return self._begin(call, None), call
+        call = self._begin(Call(tag), self._head("", "application/grpc"))
+        return call.stream, call
+
+    def cancel(self, call: Call) -> bool:
+        """Give a call up; return whether it was still open."""
+        if self.open.pop(call.stream, None) is None:
+            return False
+        del self._windows[call.stream]
+        self._unreturned.pop(call.stream, None)
+        self._refused = False
+        self._unsent += frame(RST_STREAM, 0, call.stream, CANCEL.to_bytes(4))
+        return True
 
     def send(self, stream: int, message: bytes) -> None:
         """One more message of a stream."""
-        self._put(stream, message, False)
+        self._put(stream, _framed(message), False)
 
     def end(self, stream: int) -> None:
         """No more messages of a stream; to be called when all of them are answered."""
@@ -177,49 +212,53 @@ class Connection:
             ConnectionEnded: by the server.
         """
         ended: list[Call] = []
+        lost = ""
         try:
             while content := self._socket.recv(RECEIVE_BYTES):
                 self._received += content
                 if len(content) < RECEIVE_BYTES and not isinstance(self._socket, ssl.SSLSocket):
                     break  # TLS may hold more, of which a selector would not tell
             else:
-                raise ConnectionEnded("the server closed the connection")
+                lost = "the server closed the connection"
         except WOULD_BLOCK:
             pass
         except OSError as error:
-            raise ConnectionEnded(f"the connection was lost: {error.strerror or error}") from error
+            lost = f"the connection was lost: {error.strerror or error}"
         self._take(ended)
+        if lost and not ended:  # else the next one tells
+            raise ConnectionEnded(lost)
         self.flush()
         return ended
 
     def flush(self) -> None:
-        """Send what can be without waiting.
-
-        Raises:
-            ConnectionEnded: by the server.
-        """
+        """Send what can be without waiting; `exchange` tells if the connection is lost, behind what still comes."""
         if self._unsent:
             try:
                 sent = self._socket.send(self._unsent)
                 del self._unsent[:sent]
             except WOULD_BLOCK:
                 pass
-            except OSError as error:
-                raise ConnectionEnded(f"the connection was lost: {error.strerror or error}") from error
+            except OSError:
+                self._unsent.clear()
 
-    def _begin(self, call: Call, timeout: float | None) -> int:
-        stream = self._next_stream
+    def _head(self, path: str, content_type: str, timeout: float | None = None) -> bytes:
+        """A block of headers."""
+        key = (path or self._path, content_type)
+        if (head := self._heads.get(key)) is None:
+            head = self._to_server + literal(":path", key[0]) + literal("content-type", content_type) + self._fields
+            self._heads[key] = head
+        return head if timeout is None else head + literal("grpc-timeout", f"{max(int(timeout * 1e6), 1)}u")
+
+    def _begin(self, call: Call, head: bytes) -> Call:
+        call.stream = self._next_stream
         self._next_stream += 2
-        fields = self._fields
-        if timeout is not None:
-            fields += literal("grpc-timeout", f"{max(int(timeout * 1e6), 1)}u")
-        self._unsent += frame(HEADERS, END_HEADERS, stream, fields)
-        self._windows[stream] = self._initial_window
-        self.open[stream] = call
-        return stream
+        self._unsent += frame(HEADERS, END_HEADERS, call.stream, head)
+        self._windows[call.stream] = self._initial_window
+        self.open[call.stream] = call
+        return call
 
-    def _put(self, stream: int, message: bytes, ends: bool) -> None:
-        self._bodies.append((stream, memoryview(struct.pack(">BI", 0, len(message)) + message), ends))
+    def _put(self, stream: int, body: bytes, ends: bool) -> None:
+        self._bodies.append((stream, memoryview(body), ends))
         self._fill()
 
     def _fill(self) -> None:
@@ -253,7 +292,7 @@ class Connection:
             ):
                 raise ConnectionEnded("the server uses what this client does not understand")
             if kind not in (DATA, HEADERS, RST_STREAM):
-                self._obey(kind, flags, stream, content)
+                self._obey(kind, flags, stream, content, ended)
                 continue
             if kind == DATA:
                 self._give_back(0, length)
@@ -281,9 +320,18 @@ class Connection:
             used = 0
         self._unreturned[stream] = used
 
-    def _obey(self, kind: int, flags: int, stream: int, content: bytes) -> None:
+    def _obey(self, kind: int, flags: int, stream: int, content: bytes, ended: list[Call]) -> None:
         if kind == GOAWAY:
-            raise ConnectionEnded(f"the server said GOAWAY: {content[8:].decode(errors='replace')}")
+            last, code = struct.unpack_from(">II", content)
+            if code:
+                raise ConnectionEnded(f"the server said GOAWAY: {content[8:].decode(errors='replace')}")
+            self.is_leaving = True
+            for number in [number for number in self.open if number > last]:
+                call = self.open.pop(number)
+                del self._windows[number]
+                self._unreturned.pop(number, None)
+                call.reset = REFUSED_STREAM
+                ended.append(call)
         if kind == PING and not flags & ACK:
             self._unsent += frame(PING, ACK, 0, content)
         elif kind == SETTINGS and not flags & ACK:
@@ -307,6 +355,10 @@ class Connection:
 
 def frame(kind: int, flags: int, stream: int, content: bytes | memoryview) -> bytes:
     return b"".join((struct.pack(">IBI", len(content) << 8 | kind, flags, stream), content))
+
+
+def _framed(message: bytes) -> bytes:
+    return struct.pack(">BI", 0, len(message)) + message
 
 
 def literal(name: str, value: str) -> bytes:

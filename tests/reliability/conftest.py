@@ -12,7 +12,14 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def broken_rules(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+def transport(pytestconfig: pytest.Config) -> str:
+    """What the servers of the scenarios speak gRPC with."""
+    given: str = pytestconfig.getoption("--transport")
+    return given
+
+
+@pytest.fixture
+def broken_rules(monkeypatch: pytest.MonkeyPatch, transport: str) -> Callable[..., list[str]]:
     """Run a scenario by its name with these arguments; return the rules that it found broken."""
     monkeypatch.syspath_prepend(str(ROOT))  # the programs are no part of what is installed
 
@@ -20,7 +27,7 @@ def broken_rules(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
         from bench.reliability.common import Report
 
         report = Report()
-        importlib.import_module(f"bench.reliability.{name}").run(report, **arguments)
+        importlib.import_module(f"bench.reliability.{name}").run(report, transport=transport, **arguments)
         return report.failures
 
     return run

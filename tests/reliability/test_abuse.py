@@ -14,7 +14,7 @@ def test_hostile_messages_files_and_connections_harm_no_neighbours(broken_rules:
     assert broken_rules("fuzz", messages=4_000, memory_limit=WIDE) == []
 
 
-def test_images_through_every_door_with_cancellations_and_new_weights_between_are_answered_rightly(
+def test_calls_through_every_door_with_cancellations_new_weights_and_restarts_between_are_answered_rightly(
     broken_rules: BrokenRules,
 ) -> None:
-    assert broken_rules("soak", images=40_000, memory_limit=WIDE) == []
+    assert broken_rules("soak", calls=4_000, parts=2, memory_limit=WIDE) == []

@@ -11,19 +11,19 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "bench.reliability", *arguments]
+def run(name: str, transport: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bench.reliability", name, "--transport", transport, *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
 
 
-def test_a_run_ends_with_ok_and_exit_code_0() -> None:
-    ended = run("cancellation", "--calls", "50", "--memory-limit", "0.5")
+def test_a_run_ends_with_ok_and_exit_code_0(transport: str) -> None:
+    ended = run("cancellation", transport, "--calls", "50", "--memory-limit", "0.5")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert ended.stdout.splitlines()[-1] == "ok"
 
 
-def test_a_broken_rule_is_named_in_the_last_line_and_gives_exit_code_1() -> None:
-    ended = run("cancellation", "--calls", "50", "--memory-limit", "-1")
+def test_a_broken_rule_is_named_in_the_last_line_and_gives_exit_code_1(transport: str) -> None:
+    ended = run("cancellation", transport, "--calls", "50", "--memory-limit", "-1")
     assert ended.returncode == 1
     assert ended.stdout.splitlines()[-1].startswith("failed: the server's memory grew")
 
