@@ -75,7 +75,9 @@ class Callers:
         async with client.AsyncClient(self._target, coalesce=coalesce) as shared:
 
             async def call(number: int, end: float) -> None:
-                while (start := time.perf_counter()) < end:
+                start = 0.0
+                while start < end:  # once in any case
+                    start = time.perf_counter()
                     number = (number + 1) % len(self._images)
                     prediction = await shared.classify(self._images[number])
                     self._note(number, prediction, time.perf_counter() - start)
@@ -92,7 +94,9 @@ class Callers:
 
             def call(number: int, end: float) -> None:
                 try:
-                    while (start := time.perf_counter()) < end and not failures:
+                    start = 0.0
+                    while start < end and not failures:
+                        start = time.perf_counter()
                         number = (number + 1) % len(self._images)
                         prediction = shared.classify(self._images[number])
                         self._note(number, prediction, time.perf_counter() - start)

@@ -98,6 +98,8 @@ class UnaryLane:
                 continue
             fault = status_fault(call) or self._job.fault(number, call.message)
             answers.append(Answer(meant, call.ended_at, fault))
+        if self._connection.is_leaving and not self._connection.open and not answers:
+            raise ConnectionEnded(f"the server said GOAWAY: {self._connection.farewell}")
         return answers
 
     def finish(self, patience: float) -> Fault | None:

@@ -100,6 +100,7 @@ class Connection:
         open: calls that are under way, by the number of their stream.
         max_streams: how many the server allows at a time.
         is_leaving: whether the server takes no more calls and answers those that it took, as it said by GOAWAY.
+        farewell: what it said beside that.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class Connection:
         self.is_ready = False
         """Whether the server's settings have come."""
         self.is_leaving = False
+        self.farewell = ""
         self._initial_window = INITIAL_WINDOW
         self._window = INITIAL_WINDOW
         self._windows: dict[int, int] = {}
@@ -326,6 +328,7 @@ class Connection:
             if code:
                 raise ConnectionEnded(f"the server said GOAWAY: {content[8:].decode(errors='replace')}")
             self.is_leaving = True
+            self.farewell = content[8:].decode(errors="replace")
             for number in [number for number in self.open if number > last]:
                 call = self.open.pop(number)
                 del self._windows[number]
