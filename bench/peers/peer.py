@@ -27,11 +27,12 @@ class Place:
     """Of its environment."""
     folder: Path
     """Its own, empty at first."""
-    ports: tuple[int, int, int, int]
+    ports: tuple[int, ...]
     """Free a moment ago; requests go to the first."""
 
     @property
     def port(self) -> str:
+        """The one for requests."""
         return str(self.ports[0])
 
 

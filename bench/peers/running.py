@@ -18,6 +18,8 @@ from bench.peers.load import LoadError, Target, WrongAnswer, ask
 from bench.peers.peer import ROOT, CannotStart, Command, Peer, Place, variables
 
 POLL_SECONDS = 0.02
+PORTS = 6
+"""As many as any peer wants."""
 ASK_SECONDS = 2.0
 END_SECONDS = 10.0
 REASON_CHARACTERS = 200
@@ -145,10 +147,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _free_ports() -> tuple[int, int, int, int]:
+def _free_ports() -> tuple[int, ...]:
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(4)]
+        sockets = [stack.enter_context(socket.socket()) for _ in range(PORTS)]
         for one in sockets:
             one.bind(("127.0.0.1", 0))
-        first, second, third, fourth = (one.getsockname()[1] for one in sockets)
-    return first, second, third, fourth
+        return tuple(one.getsockname()[1] for one in sockets)
