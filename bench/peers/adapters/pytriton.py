@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from bench.peers.adapters.triton import libpython
 from bench.peers.peer import SERVERS, Command, Peer, Place
 
 
 def start(place: Place) -> Command:
     ports = [str(port) for port in place.ports[:3]]
-    return Command([str(place.python), str(SERVERS / "pytriton_server.py"), *ports])
+    arguments = [str(place.python), str(SERVERS / "pytriton_server.py"), *ports]
+    return Command(arguments, {"LD_LIBRARY_PATH": str(libpython(place))})
 
 
 PEER = Peer(

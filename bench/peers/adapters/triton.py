@@ -27,6 +27,11 @@ def distribution(python: Path) -> Path:
     return found[0]
 
 
+def libpython(place: Place) -> Path:
+    """The folder of the interpreter's library, which the backend's process needs; another one's may not fit."""
+    return place.python.resolve().parent.parent / "lib"
+
+
 def start(place: Place) -> Command:
     triton = distribution(place.python)
     backends, models = place.folder / "backends", place.folder / "models"
@@ -40,7 +45,7 @@ def start(place: Place) -> Command:
     arguments = [str(triton / "bin" / "tritonserver"), "--model-repository", str(models)]
     arguments += ["--backend-directory", str(backends), "--grpc-address", "127.0.0.1", "--grpc-port", place.port]
     arguments += ["--allow-http", "false", "--allow-metrics", "false", "--log-info", "false"]
-    return Command(arguments, {"LD_LIBRARY_PATH": str(triton.parents[1] / "nvidia_pytriton.libs")})
+    return Command(arguments, {"LD_LIBRARY_PATH": f"{triton.parents[1] / 'nvidia_pytriton.libs'}:{libpython(place)}"})
 
 
 PEER = Peer(
