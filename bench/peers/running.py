@@ -137,14 +137,16 @@ def _signal(processes: list[psutil.Process], number: int) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End all processes of a system, those with sessions of their own too."""
+    """End a system, then whatever it has left, processes with sessions of their own too."""
     processes = _tree(process.pid)
     process.terminate()
-    _, alive = psutil.wait_procs(processes, END_SECONDS)
-    _signal(alive, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(END_SECONDS)
+    _signal(processes, signal.SIGKILL)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    psutil.wait_procs(processes, END_SECONDS)
 
 
 def _free_ports() -> tuple[int, ...]:

@@ -1,8 +1,10 @@
-"""Ours, with each transport."""
+"""Ours, with each transport: in an environment of its own where the script has made one, else in this one."""
 
 from __future__ import annotations
 
-from bench.peers.peer import Command, Peer, Place
+from bench.peers.peer import ENVIRONMENTS, Command, Peer, Place
+
+ENVIRONMENT = "ours" if (ENVIRONMENTS / "ours" / "requirement").is_file() else None
 
 
 def ours(transport: str, workers: int) -> Peer:
@@ -12,10 +14,13 @@ def ours(transport: str, workers: int) -> Peer:
 
     return Peer(
         name=f"{transport} x{workers}",
+        environment=ENVIRONMENT,
         dialect="ours",
         start=start,
         settings=f"--transport {transport} --workers {workers}",
     )
 
 
-OURS = {peer.name: peer for peer in (ours(transport, workers) for workers in (1, 2) for transport in ("grpcio", "asgi"))}
+OURS = {
+    peer.name: peer for peer in (ours(transport, workers) for workers in (1, 2) for transport in ("grpcio", "asgi"))
+}

@@ -16,7 +16,12 @@ def start(place: Place) -> Command:
     if shutil.which("java") is None:
         raise CannotStart("there is no java")
     archiver = [str(place.python.parent / "torch-model-archiver"), "--model-name", MODEL, "--version", "1.0"]
-    archiver += ["--handler", str(SERVERS / "torchserve_handler.py"), "--extra-files", str(SERVERS / "digit_network.py")]
+    archiver += [
+        "--handler",
+        str(SERVERS / "torchserve_handler.py"),
+        "--extra-files",
+        str(SERVERS / "digit_network.py"),
+    ]
     made = subprocess.run([*archiver, "--export-path", str(place.folder)], capture_output=True, text=True, check=False)
     if made.returncode:
         raise CannotStart(f"torch-model-archiver: {made.stderr.strip()[-200:]}")

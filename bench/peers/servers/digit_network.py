@@ -45,9 +45,8 @@ class Digits:
     def probabilities(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Return `float32[n, 10]` of `uint8[n, 784]`."""
         features = (torch.from_numpy(pixels).float() / 255 - self._mean) / self._std
-        probabilities: npt.NDArray[np.float32] = (
-            torch.softmax(self._network(features) / self._temperature, dim=1).numpy()  #
-        )
+        logits = self._network(features) / self._temperature
+        probabilities: npt.NDArray[np.float32] = torch.softmax(logits, dim=1).numpy()
         return probabilities
 
     def of_bytes(self, content: bytes) -> bytes:

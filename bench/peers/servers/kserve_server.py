@@ -5,7 +5,13 @@ from __future__ import annotations
 import sys
 
 from digit_network import Digits
-from kserve import InferOutput, InferRequest, InferResponse, Model, ModelServer
+from kserve import (  # type: ignore[import-not-found]
+    InferOutput,
+    InferRequest,
+    InferResponse,
+    Model,
+    ModelServer,
+)
 
 
 class DigitsModel(Model):  # type: ignore[misc]

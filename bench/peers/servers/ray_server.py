@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import ray
 from digit_network import CLASSES, PIXELS, Digits
-from protos.inference import grpc_inference_service_pb2 as pb
 from ray import serve
 from ray.serve.config import HTTPOptions, gRPCOptions
+
+from protos.inference import grpc_inference_service_pb2 as pb
 
 SERVICE = "protos.inference.grpc_inference_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server"
 
@@ -20,7 +21,7 @@ class Model:
     def __init__(self) -> None:
         self._digits = Digits()
 
-    @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.001)
+    @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.001)  # type: ignore[untyped-decorator]
     async def _infer(self, requests: list[pb.ModelInferRequest]) -> list[pb.ModelInferResponse]:
         contents = [request.raw_input_contents[0] for request in requests]
         pixels = np.frombuffer(bytearray(b"".join(contents)), np.uint8).reshape(-1, PIXELS)
@@ -36,9 +37,7 @@ def _response(probabilities: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) 
     output = pb.ModelInferResponse.InferOutputTensor(
         name="probabilities", datatype="FP32", shape=(len(probabilities), CLASSES)
     )
-    return pb.ModelInferResponse(
-        model_name="mnist", outputs=[output], raw_output_contents=[probabilities.tobytes()]
-    )
+    return pb.ModelInferResponse(model_name="mnist", outputs=[output], raw_output_contents=[probabilities.tobytes()])
 
 
 if __name__ == "__main__":
@@ -48,6 +47,6 @@ if __name__ == "__main__":
         http_options=HTTPOptions(host="127.0.0.1", port=http_port),
         grpc_options=gRPCOptions(port=grpc_port, grpc_servicer_functions=[SERVICE]),
     )
-    serve.run(Model.bind())
+    serve.run(Model.bind())  # type: ignore[attr-defined]
     signal.sigwait({signal.SIGTERM})
     ray.shutdown()
