@@ -5,14 +5,17 @@
 #   make test ARGS="tests/client -k batch"  arguments of pytest
 #   make run TORCH="torch==2.13.0"          a build of torch to install first (pinned with ==),
 #                                           with pip's options for its index where it has one
+#   make bench-peers PEERS="ours triton"    these environments and peers alone
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
 ARGS ?=
+PEERS ?=
 BIN := $(VENV)/bin
 
 .NOTPARALLEL:
-.PHONY: run test lint format proto train evaluate bench client-range open-inference-clients foreign-clients clean
+.PHONY: run test lint format proto train evaluate bench bench-peers client-range open-inference-clients \
+	foreign-clients clean
 
 run: $(VENV)/.server
 	@exec $(BIN)/mnist-grpc-server $(ARGS)
@@ -39,6 +42,11 @@ train: $(VENV)/.train
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench $(ARGS)
+
+# Ours beside other serving systems, in environments of their own in .venv-peers (docs/peers.md).
+bench-peers: $(VENV)/.dev
+	TORCH="$(TORCH)" scripts/bench-peers $(BIN)/python $(PEERS)
+	$(BIN)/python -m bench.peers $(if $(PEERS),--only $(filter-out ours,$(PEERS))) $(ARGS)
 
 # The client's tests with the oldest versions that pyproject.toml claims.
 client-range: $(VENV)/.dev

@@ -1,0 +1,62 @@
+"""`python -m bench.peers`: measure ours and other serving systems in turn, and print tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from bench.forward import Forward
+from bench.peers.adapters import OURS, PEERS
+from bench.peers.load import LoadError, process
+from bench.peers.measure import measure
+from bench.peers.peer import CannotStart
+from bench.peers.report import draw, tables
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
+    parser.add_argument("--only", choices=PEERS, nargs="+", default=list(PEERS), help="these peers alone")
+    parser.add_argument("--ours", choices=OURS, nargs="+", default=list(OURS), help="transport and number of workers")
+    parser.add_argument("--rounds", type=int, default=3, help="how often everything is measured (default: 3)")
+    parser.add_argument("--seconds", type=float, default=1.5, help="for each measurement (default: 1.5)")
+    parser.add_argument("--json", type=Path, help="also write the figures here, for example bench/results/peers.json")
+    parser.add_argument("--picture", type=Path, help="also draw them here, for example bench/results/peers.png")
+    parser.add_argument("--markdown", action="store_true", help="print the tables in Markdown")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1 or options.seconds <= 0:
+        parser.error(f"--rounds is 1 or more and --seconds above 0, not {options.rounds} and {options.seconds}")
+    digits = Forward().digits()
+    try:
+        with process(digits) as load:
+            ours, peers = measure(
+                [PEERS[name] for name in options.only],
+                {name: OURS[name] for name in options.ours},
+                load,
+                digits,
+                options.rounds,
+                options.seconds,
+            )
+    except (CannotStart, LoadError) as error:
+        print(f"bench.peers: ours: {error}", file=sys.stderr)
+        return 1
+    print(tables(ours, peers, options.markdown))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        figures = {"ours": [asdict(one) for one in ours], "peers": [asdict(one) for one in peers]}
+        options.json.write_text(json.dumps({"cores": os.cpu_count(), **figures}, indent=2) + "\n")
+    if options.picture:
+        try:
+            draw(ours, peers, options.picture)
+        except ImportError:
+            print("bench.peers: the picture needs matplotlib", file=sys.stderr)
+            return 1
+    return int(any(peer.is_wrong for peer in peers))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,153 @@
+"""Connections that cost next to nothing: HTTP/1.1 by hand, and gRPC through `client.load.wire`.
+
+Both look the same to a load generator: `call` begins a request, `exchange` sends
+and receives what can be without waiting, and `fileno` is for a selector.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sized
+from dataclasses import dataclass
+from typing import Protocol
+
+from client.load import wire
+
+RECEIVE_BYTES = 1 << 18
+
+
+@dataclass(slots=True)
+class Answer:
+    """What became of a request."""
+
+    tag: int
+    """What the caller gave."""
+    content: bytes
+    error: str = ""
+    """What the server said in place of an answer."""
+
+
+class Link(Protocol):
+    """One connection."""
+
+    @property
+    def open(self) -> Sized:
+        """Requests that are under way."""
+
+    @property
+    def wants_to_write(self) -> bool:
+        """Whether something could not be sent yet."""
+
+    def fileno(self) -> int: ...
+
+    def call(self, message: bytes, tag: int) -> None:
+        """Begin a request; `exchange` sends it."""
+
+    def exchange(self) -> list[Answer]:
+        """Send and receive what can be without waiting; return the requests that have ended.
+
+        Raises:
+            wire.ConnectionEnded: by the server.
+        """
+
+    def close(self) -> None: ...
+
+
+class HttpLink:
+    """A kept-alive connection of HTTP/1.1 that posts to one path, one request at a time."""
+
+    def __init__(self, target: str, path: str) -> None:
+        host, _, port = target.rpartition(":")
+        self._socket = socket.create_connection((host.strip("[]"), int(port)))
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket.setblocking(False)
+        fields = (f"POST {path} HTTP/1.1", f"host: {target}", "content-type: application/octet-stream")
+        self._head = "\r\n".join((*fields, "content-length: ")).encode()
+        self._received = bytearray()
+        self._unsent = bytearray()
+        self.open: list[int] = []
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    @property
+    def wants_to_write(self) -> bool:
+        return bool(self._unsent)
+
+    def call(self, message: bytes, tag: int) -> None:
+        if self.open:
+            raise ValueError("HTTP/1.1 takes one request at a time")
+        self.open.append(tag)
+        self._unsent += b"%b%d\r\n\r\n" % (self._head, len(message))
+        self._unsent += message
+
+    def exchange(self) -> list[Answer]:
+        try:
+            if self._unsent:
+                del self._unsent[: self._socket.send(self._unsent)]
+            while content := self._socket.recv(RECEIVE_BYTES):
+                self._received += content
+                if len(content) < RECEIVE_BYTES:
+                    break
+            else:
+                raise wire.ConnectionEnded("the server closed the connection")
+        except BlockingIOError:
+            pass
+        except ConnectionError as error:
+            raise wire.ConnectionEnded(str(error)) from error
+        return self._take()
+
+    def _take(self) -> list[Answer]:
+        end = self._received.find(b"\r\n\r\n")
+        if end < 0:
+            return []
+        status, *lines = bytes(self._received[:end]).split(b"\r\n")
+        fields = {name.lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines)}
+        if b"content-length" not in fields:
+            raise wire.ConnectionEnded("an answer does not say how long it is")
+        body, stop = end + 4, end + 4 + int(fields[b"content-length"])
+        if len(self._received) < stop:
+            return []
+        content = bytes(self._received[body:stop])
+        del self._received[:stop]
+        code = status.split(b" ", 2)[1]
+        error = "" if code == b"200" else f"HTTP {code.decode()}: {content[:200].decode(errors='replace')}"
+        return [Answer(self.open.pop(), content, error)]
+
+
+class GrpcLink:
+    """A connection of HTTP/2 for unary calls of one method."""
+
+    def __init__(self, target: str, path: str) -> None:
+        self._connection = wire.Connection(target, path)
+
+    @property
+    def open(self) -> Sized:
+        return self._connection.open
+
+    @property
+    def wants_to_write(self) -> bool:
+        return self._connection.wants_to_write
+
+    def fileno(self) -> int:
+        return self._connection.fileno()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def call(self, message: bytes, tag: int) -> None:
+        self._connection.call(message, tag=tag)
+
+    def exchange(self) -> list[Answer]:
+        return [Answer(call.tag, call.message, _error(call)) for call in self._connection.exchange()]
+
+
+def _error(call: wire.Call) -> str:
+    if call.reset is not None:
+        return f"the stream was reset with code {call.reset}"
+    metadata = call.metadata()
+    status = metadata.get("grpc-status", b"none")
+    return "" if status == b"0" else f"gRPC status {status.decode()}: {metadata.get('grpc-message', b'').decode()}"

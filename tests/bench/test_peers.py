@@ -1,0 +1,158 @@
+"""`bench.peers` from start to table: systems that answer, lie, refuse or do not start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bench.peers import peer as peers
+from bench.peers.adapters import OURS, PEERS
+from bench.peers.load import LoadError, LoadGenerator, Sample, Target, WrongAnswer, process
+from bench.peers.measure import SCENARIOS, Result, measure
+from bench.peers.peer import CannotStart, Command, Peer, Place
+from bench.peers.report import draw, tables
+from bench.peers.running import running
+
+SECONDS = 0.1
+LIAR = """
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        count = int(self.headers["content-length"]) // 784
+        self.rfile.read(count * 784)
+        self.send_response(200)
+        self.send_header("content-length", str(count * 40))
+        self.end_headers()
+        self.wfile.write(bytes(count * 40))
+    def log_message(self, *arguments):
+        pass
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def system(program: str, start_seconds: float = 60) -> Peer:
+    """A peer that is a few lines of Python."""
+
+    def start(place: Place) -> Command:
+        return Command([str(place.python), "-c", program, place.port])
+
+    return Peer("Made up", "raw /classify", start, "none", start_seconds=start_seconds)
+
+
+@pytest.fixture(scope="module")
+def load(digits: list[int]) -> Iterator[LoadGenerator]:
+    with process(digits) as generator:
+        yield generator
+
+
+def test_a_peer_that_lies_is_not_measured(load: LoadGenerator, digits: list[int]) -> None:
+    _, [result] = measure([system(LIAR)], {}, load, digits, 1, SECONDS)
+    assert result.is_wrong
+    assert result.failed.startswith("wrong answer: ")
+    assert not result.rounds
+    assert "wrong answer: " in tables([], [result])
+
+
+@pytest.mark.parametrize(
+    ("peer", "reason"),
+    [
+        (system("raise SystemExit('no such model')"), "ended with code 1: no such model"),
+        (system("import signal; print('loading', flush=True); signal.pause()", 0.5), "no answer in 0 s"),
+        (Peer("Made up", "raw /classify", lambda place: Command(["/no/such/program"]), ""), "No such file"),
+        (Peer("Made up", "raw /classify", PEERS["fastapi"].start, "", environment="none"), "not installed: scripts/"),
+    ],
+)
+def test_a_peer_that_cannot_start_is_told_in_the_table(
+    load: LoadGenerator, digits: list[int], peer: Peer, reason: str
+) -> None:
+    _, [result] = measure([peer], {}, load, digits, 1, SECONDS)
+    assert reason in result.failed
+    assert not result.is_wrong
+    for markdown in (False, True):
+        assert reason in tables([], [result], markdown)
+
+
+def test_a_failed_installation_tells_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fastapi").mkdir()
+    (tmp_path / "fastapi" / "failed").write_text("ERROR: No matching distribution\n")
+    monkeypatch.setattr(peers, "ENVIRONMENTS", tmp_path)
+    with pytest.raises(CannotStart, match="not installed: ERROR: No matching distribution"):
+        PEERS["fastapi"].python()
+
+
+def test_nothing_of_a_system_is_left(digits: list[int], tmp_path: Path) -> None:
+    """Also not a process that has left its group."""
+    child = "import subprocess, sys; one = subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()']"
+    program = f"{child}, start_new_session=True); open({str(tmp_path / 'pid')!r}, 'w').write(str(one.pid))\n{LIAR}"
+    with pytest.raises(WrongAnswer), running(system(program), digits):
+        pass
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+
+
+class Failing:
+    """A load generator that fails with requests of so many images."""
+
+    def __init__(self, images: int, error: LoadError) -> None:
+        self._images, self._error = images, error
+
+    def closed_loop(self, target: Target, images_per_request: int, in_flight: int, seconds: float) -> Sample:
+        if images_per_request == self._images:
+            raise self._error
+        return Sample(100.0, 10.0, 20.0)
+
+
+def test_a_scenario_that_a_peer_refuses_costs_it_that_scenario_alone(digits: list[int]) -> None:
+    _, [result] = measure([OURS["grpcio x1"]], {}, Failing(256, LoadError("too large")), digits, 2, SECONDS)
+    assert result.errors == {"256 images, 4 in flight": "too large"}
+    assert [len(result.rounds[scenario.name]) for scenario in SCENARIOS[:3]] == [2, 2, 2]
+    assert "grpcio x1, 256 images, 4 in flight: too large" in tables([], [result])
+
+
+def test_a_lie_while_it_is_timed_costs_a_peer_all_its_figures(digits: list[int]) -> None:
+    _, [result] = measure([OURS["grpcio x1"]], {}, Failing(256, WrongAnswer("3, not 5")), digits, 2, SECONDS)
+    assert (result.failed, result.is_wrong, result.rounds) == ("wrong answer: 3, not 5", True, {})
+
+
+def test_ratios_are_of_the_same_rounds() -> None:
+    mine = Result("asgi x1", "")
+    peer = Result("Peer", "")
+    for rates in ((100.0, 200.0), (300.0, 200.0), (50.0, 50.0)):
+        samples = {name: Sample(rate, 1.0, 2.0) for name, rate in zip(("asgi x1", "Peer"), rates, strict=True)}
+        peer.rounds.setdefault("64 callers", []).append(samples)
+    assert "1.00 (0.50-1.50)" in tables([mine], [peer])
+
+
+def test_a_picture_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
+    sample = Sample(100.0, 1.0, 2.0)
+    peer = Result("Peer", "", rounds={scenario.name: [{"Peer": sample, "asgi x1": sample}] for scenario in SCENARIOS})
+    draw([Result("asgi x1", "")], [peer, Result("Broken", "", failed="it did not start")], tmp_path / "peers.png")
+    assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["asgi x1", *PEERS])
+def test_a_real_system_answers_as_the_network_does(load: LoadGenerator, digits: list[int], name: str) -> None:
+    peer = {**OURS, **PEERS}[name]
+    try:
+        python = peer.python()
+    except CannotStart as error:
+        pytest.skip(str(error))
+    assert python.exists()
+    with running(peer, digits) as one:
+        with one.paused():
+            pass
+        for scenario in SCENARIOS:
+            assert load.closed_loop(one.target, scenario.images, scenario.in_flight, SECONDS).rate > 0
+        assert one.memory_mb() > 1
+
+
+def test_each_adapter_is_named_in_the_script_and_in_the_docs() -> None:
+    script = (peers.ROOT / "scripts" / "bench-peers").read_text()
+    docs = (peers.ROOT / "docs" / "peers.md").read_text()
+    for name, peer in PEERS.items():
+        assert f"\n{name} " in script
+        assert f"| {peer.name} |" in docs
