@@ -101,7 +101,7 @@ def test_a_lost_answer_of_a_closed_loop_fails_the_run(faulty: Faulty) -> None:
     assert "lost answer" in found["faults"]
 
 
-@pytest.mark.parametrize("load", [quick(callers=4), quick(rate=400)], ids=lambda one: one.name)
+@pytest.mark.parametrize("load", [quick(callers=4, seconds=2), quick(rate=400, seconds=2)], ids=lambda one: one.name)
 def test_what_a_server_did_not_begin_with_is_sent_again(faulty: Faulty, load: Load) -> None:
     found = measure(Door(faulty("not begun")), load, None)
     require_right(found)
