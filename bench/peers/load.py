@@ -195,7 +195,10 @@ class _Remote:
         order = {"target": asdict(target), "digits": self._digits, "load": [images_per_request, in_flight, seconds]}
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline() or '{"error": "the load generator died"}')
+        line = self._process.stdout.readline()
+        if not line:
+            raise LoadError(f"the load generator ended with code {self._process.wait()}")
+        answer = json.loads(line)
         if "error" in answer:
             raise (WrongAnswer if answer.get("wrong") else LoadError)(answer["error"])
         return Sample(**answer)
