@@ -8,7 +8,7 @@ from bench.peers.peer import SERVERS, Command, Peer, Place
 
 def start(place: Place) -> Command:
     ports = [str(port) for port in place.ports[:3]]
-    arguments = [str(place.python), str(SERVERS / "pytriton_server.py"), *ports]
+    arguments = [str(place.python), str(SERVERS / "pytriton_server.py"), *ports, str(place.folder / "workspace")]
     return Command(arguments, {"LD_LIBRARY_PATH": str(libpython(place))})
 
 

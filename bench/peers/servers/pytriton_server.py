@@ -20,12 +20,12 @@ def infer(pixels: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.float32]]:
 
 
 if __name__ == "__main__":
-    grpc_port, http_port, metrics_port = map(int, sys.argv[1:])
+    grpc_port, http_port, metrics_port = map(int, sys.argv[1:4])
     config = TritonConfig(
         grpc_address="127.0.0.1", grpc_port=grpc_port, http_address="127.0.0.1", http_port=http_port,
         metrics_port=metrics_port, allow_metrics=False,
     )  # fmt: skip
-    with Triton(config=config) as triton:
+    with Triton(config=config, workspace=sys.argv[4]) as triton:
         triton.bind(
             model_name="mnist",
             infer_func=infer,

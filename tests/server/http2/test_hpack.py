@@ -51,12 +51,12 @@ KNOWN = [b":method", b":path", b"content-type", b"te", b"user-agent", b"grpc-tim
 NAMES = st.sampled_from(KNOWN) | st.binary(min_size=1, max_size=12)
 VALUES = st.sampled_from([b"POST", b"/", b"application/grpc", b"trailers", b"", b"\0\xff"]) | st.binary(max_size=40)
 LARGE = st.integers(500, 5000).map(lambda size: b"v" * size)
-LISTS = st.lists(st.tuples(NAMES, VALUES | LARGE, st.booleans()), max_size=8)
+LISTS = st.lists(st.tuples(NAMES, VALUES | LARGE, st.booleans()), max_size=5)
 LITERAL = b"\x40\x01a\x01b"
 """A header that is put into the table: of 34 bytes."""
 
 
-@given(st.lists(st.tuples(LISTS, st.booleans(), st.none() | st.integers(0, MAX_TABLE_BYTES)), max_size=12), st.data())
+@given(st.lists(st.tuples(LISTS, st.booleans(), st.none() | st.integers(0, MAX_TABLE_BYTES)), max_size=8), st.data())
 def test_all_blocks_of_a_connection_say_what_their_encoder_was_given(
     steps: list[tuple[list[tuple[bytes, bytes, bool]], bool, int | None]], data: st.DataObject
 ) -> None:
