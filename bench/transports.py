@@ -1,6 +1,6 @@
 """`python -m bench.transports`: the two transports beside each other, by a client that is neither.
 
-One worker each, one connection, real digits whose answers are checked. The load
+One worker each, real digits whose answers are checked. The load
 is that of `client.load`, since Python's gRPC client costs more than the server
 it would measure. Rounds take turns, so that what else the machine does falls on
 both.
@@ -20,11 +20,13 @@ from server.settings import TRANSPORTS
 
 ROUNDS = 7
 SECONDS = 1.0
-NAMES = {
-    "unary @1": "one call at a time",
-    "unary @64": "64 calls in flight",
-    "stream 1x64": "one stream, 64 frames in flight",
-}
+MEASURES = (
+    ("one call at a time", "unary @1", 1),
+    ("64 calls in flight on one connection", "unary @64", 1),
+    ("64 calls in flight on four connections", "unary @64", 4),
+    ("one stream, 64 frames in flight", "stream 1x64", 1),
+)
+"""Of each its name, the scenario and the connections."""
 
 
 def main() -> None:
@@ -37,10 +39,12 @@ def main() -> None:
             flags = ("--port", "0", "--workers", "1", "--transport", transport, "--log-level", "warning")
             servers[transport] = stack.enter_context(server("server", flags))
         load = stack.enter_context(generator())
-        for scenario, name in NAMES.items():
+        for name, scenario, connections in MEASURES:
             rounds: list[dict[str, Sample]] = [
                 {
-                    transport: sample(load, servers[transport], SCENARIOS[scenario], SECONDS, digits, connections=1)
+                    transport: sample(
+                        load, servers[transport], SCENARIOS[scenario], SECONDS, digits, connections=connections
+                    )
                     for transport in in_turn(TRANSPORTS, number)
                 }
                 for number in range(ROUNDS)
