@@ -75,12 +75,13 @@ class Callers:
         async with client.AsyncClient(self._target, coalesce=coalesce) as shared:
 
             async def call(number: int, end: float) -> None:
-                start = 0.0
-                while start < end:  # once in any case
+                while True:  # once in any case
                     start = time.perf_counter()
                     number = (number + 1) % len(self._images)
                     prediction = await shared.classify(self._images[number])
                     self._note(number, prediction, time.perf_counter() - start)
+                    if time.perf_counter() >= end:
+                        return
 
             for duration in (WARM_UP_SECONDS, seconds):
                 self._latencies.clear()
@@ -94,12 +95,13 @@ class Callers:
 
             def call(number: int, end: float) -> None:
                 try:
-                    start = 0.0
-                    while start < end and not failures:
+                    while True:
                         start = time.perf_counter()
                         number = (number + 1) % len(self._images)
                         prediction = shared.classify(self._images[number])
                         self._note(number, prediction, time.perf_counter() - start)
+                        if failures or time.perf_counter() >= end:
+                            return
                 except BaseException as error:
                     failures.append(error)
 

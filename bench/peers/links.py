@@ -7,11 +7,11 @@ and receives what can be without waiting, and `fileno` is for a selector.
 from __future__ import annotations
 
 import socket
-from collections.abc import Sized
 from dataclasses import dataclass
 from typing import Protocol
 
-from client.load import wire
+from client.load.lanes import status_fault
+from client.load.wire import Call, Connection, ConnectionEnded
 
 RECEIVE_BYTES = 1 << 18
 
@@ -31,10 +31,6 @@ class Link(Protocol):
     """One connection."""
 
     @property
-    def open(self) -> Sized:
-        """Requests that are under way."""
-
-    @property
     def wants_to_write(self) -> bool:
         """Whether something could not be sent yet."""
 
@@ -47,7 +43,7 @@ class Link(Protocol):
         """Send and receive what can be without waiting; return the requests that have ended.
 
         Raises:
-            wire.ConnectionEnded: by the server.
+            ConnectionEnded: by the server.
         """
 
     def close(self) -> None: ...
@@ -93,11 +89,11 @@ class HttpLink:
                 if len(content) < RECEIVE_BYTES:
                     break
             else:
-                raise wire.ConnectionEnded("the server closed the connection")
+                raise ConnectionEnded("the server closed the connection")
         except BlockingIOError:
             pass
         except ConnectionError as error:
-            raise wire.ConnectionEnded(str(error)) from error
+            raise ConnectionEnded(str(error)) from error
         return self._take()
 
     def _take(self) -> list[Answer]:
@@ -107,7 +103,7 @@ class HttpLink:
         status, *lines = bytes(self._received[:end]).split(b"\r\n")
         fields = {name.lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines)}
         if b"content-length" not in fields:
-            raise wire.ConnectionEnded("an answer does not say how long it is")
+            raise ConnectionEnded("an answer does not say how long it is")
         body, stop = end + 4, end + 4 + int(fields[b"content-length"])
         if len(self._received) < stop:
             return []
@@ -122,11 +118,7 @@ class GrpcLink:
     """A connection of HTTP/2 for unary calls of one method."""
 
     def __init__(self, target: str, path: str) -> None:
-        self._connection = wire.Connection(target, path)
-
-    @property
-    def open(self) -> Sized:
-        return self._connection.open
+        self._connection = Connection(target, path)
 
     @property
     def wants_to_write(self) -> bool:
@@ -145,9 +137,6 @@ class GrpcLink:
         return [Answer(call.tag, call.message, _error(call)) for call in self._connection.exchange()]
 
 
-def _error(call: wire.Call) -> str:
-    if call.reset is not None:
-        return f"the stream was reset with code {call.reset}"
-    metadata = call.metadata()
-    status = metadata.get("grpc-status", b"none")
-    return "" if status == b"0" else f"gRPC status {status.decode()}: {metadata.get('grpc-message', b'').decode()}"
+def _error(call: Call) -> str:
+    fault = status_fault(call)
+    return "" if fault is None else f"{fault.what}: {fault.detail}"

@@ -79,15 +79,6 @@ class Call:
             start = end
         del body[:start]
 
-    def messages(self) -> list[bytes]:
-        """All of them that are there; of the last, as much as came."""
-        found, start = [], 0
-        while start < len(self.body):
-            end = start + 5 + int.from_bytes(self.body[start + 1 : start + 5])
-            found.append(bytes(self.body[start + 5 : end]))
-            start = end
-        return found
-
     def metadata(self) -> dict[str, bytes]:
         """The trailing metadata, with `grpc-status` and `grpc-message`."""
         return _decoded(self.headers)

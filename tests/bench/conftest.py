@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,22 +12,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.forward import Forward
 from client.load.images import images
 
 ROOT = Path(__file__).parents[2]
 Answer = Callable[[bytes], tuple[int, bytes]]
 
+sys.path.append(str(ROOT))  # behind what is installed; the modules of this folder import the benches
+
 
 @pytest.fixture(autouse=True)
-def _bench_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
+def _processes_find_the_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
 
 
 @pytest.fixture(scope="session")
 def digits() -> list[int]:
     """What the bare network reads on the bench's images."""
+    from bench.forward import Forward
+
     return Forward().digits()
 
 
