@@ -135,6 +135,7 @@ class _Load:
         self._takes_back = transport == "grpcio"
         self._places = [Place(target) for target in targets for _ in range(CONNECTIONS)]
         self._again: deque[Job] = deque()
+        self._untaken: dict[Connection, list[Job]] = {}  # CANCELLED by a server that may be about to say that it drains
         self._doomed: deque[tuple[int, Connection, Call]] = deque()
         self._turn = 0
         self._tally = Tally()
@@ -158,6 +159,8 @@ class _Load:
             if is_over and not self._again and not any(self._open()):
                 for place in self._places:
                     place.drop()
+                for connection in list(self._untaken):
+                    self._settle_untaken(connection)
                 return self._tally
             if time.monotonic() > self._ended_at + HANG_SECONDS:
                 raise BrokenRule(f"{sum(self._open())} calls hang")
@@ -201,24 +204,34 @@ class _Load:
         for connection in {*readable, *writable}:
             try:
                 for call in connection.exchange():
-                    self._end(call, connection.is_leaving)
+                    self._end(call, connection)
                 is_left = connection.is_leaving and not connection.open
             except ConnectionEnded as error:
                 for call in connection.open.values():
                     self._tally.note_lost(f"{call.tag}: {error}")
                 connection.open.clear()
                 is_left = True
+            if is_left or connection.is_leaving:
+                self._settle_untaken(connection)
             if is_left:
                 connections[connection].drop()
 
-    def _end(self, call: Call, is_leaving: bool) -> None:
+    def _settle_untaken(self, connection: Connection) -> None:
+        """Make calls again that were CANCELLED by a server that drains; by any other, they are wrong."""
+        for job in self._untaken.pop(connection, []):
+            if connection.is_leaving:
+                self._make_again(job, "CANCELLED, and not taken in")
+            else:
+                self._tally.note_wrong(f"{job}: it was CANCELLED by a server that does not drain")
+
+    def _end(self, call: Call, connection: Connection) -> None:
         job: Job = call.tag
         self._ended_at = time.monotonic()
         if call.was_not_begun:
             self._make_again(job, "not begun")
             return
-        if is_leaving and self._takes_back and call.metadata().get("grpc-status") == CANCELLED:
-            self._make_again(job, "CANCELLED, and not taken in")
+        if self._takes_back and call.reset is None and call.metadata().get("grpc-status") == CANCELLED:
+            self._untaken.setdefault(connection, []).append(job)
             return
         if call.reset is not None:
             self._tally.note_lost(f"{job} was reset with {call.reset}")
@@ -299,7 +312,7 @@ class _Load:
 
     def _check_stream(self, job: Job, call: Call) -> int:
         answered, first = 0, job.start
-        for content in call.messages():
+        for content in call.take_messages():
             for block in pb.StreamClassifyResponse.FromString(content).blocks:
                 if block.first_sequence != first or block.WhichOneof("outcome") != "result":
                     raise BrokenRule(f"frame {first} was to be answered, here is {block}")
@@ -307,6 +320,8 @@ class _Load:
                 first += block.frame_count
                 while answered < len(job.counts) and job.start + sum(job.counts[: answered + 1]) <= first:
                     answered += 1
+        if call.body:
+            raise BrokenRule(f"{len(call.body)} bytes are left of a message that did not come as a whole")
         if first != job.start + sum(job.counts[:answered]):
             raise BrokenRule(f"a message was answered in part: frames up to {first} of {job.counts} were")
         return answered
