@@ -34,6 +34,7 @@ import numpy.typing as npt
 
 import client
 from bench.processes import server
+from bench.rounds import in_turn
 from server.golden import golden_digits
 from server.settings import EMBEDDED_WEIGHTS, TRANSPORTS
 
@@ -131,7 +132,7 @@ def measure_coalescing(target: str, rounds: int, seconds: float, counts: Sequenc
     for number in range(rounds):
         for kind, count in itertools.product(("tasks", "threads"), counts):
             ways = [("alone", False), ("together", True)]
-            for way, coalesce in ways if number % 2 == 0 else ways[::-1]:
+            for way, coalesce in in_turn(ways, number):
                 sample = callers.measure(kind, count, seconds, coalesce)
                 of_way = samples.setdefault(f"{kind} @{count}", {})
                 of_way.setdefault(way, []).append(sample["rate"])

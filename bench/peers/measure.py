@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from bench.peers.load import LoadError, LoadGenerator, Sample, WrongAnswer
 from bench.peers.peer import CannotStart, Peer
 from bench.peers.running import Running, running
+from bench.rounds import in_turn
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _round(
         return
     systems = [(result.name, system), *ours.items()]
     samples: dict[str, Sample] = {}
-    for name, one in systems if number % 2 == 0 else systems[::-1]:
+    for name, one in in_turn(systems, number):
         if one is not system and scenario.in_flight == 1 and name.endswith("x2"):
             continue  # one caller has one worker
         try:

@@ -25,6 +25,7 @@ from bench.reliability.common import (
     processes,
     serving,
 )
+from bench.rounds import in_turn
 
 LONE, MANY = "unary @1", "unary @64"
 BULK_CALLERS, BULK_IMAGES = 4, 1024
@@ -44,7 +45,7 @@ def run(
         medians: dict[str, list[float]] = {ours.target: [], noop.target: []}
         for number in range(rounds):
             turns = [(ours.target, digits), (noop.target, None)]
-            for target, expected in turns if number % 2 == 0 else turns[::-1]:
+            for target, expected in in_turn(turns, number):
                 answer = load.measure(target=target, scenario=LONE, seconds=seconds, digits=expected)
                 medians[target].append(answer["p50_us"])
             ratios.append(medians[ours.target][-1] / medians[noop.target][-1])

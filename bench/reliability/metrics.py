@@ -6,6 +6,7 @@ import statistics
 
 from bench.reliability.common import TRANSPORT, Report, check_health, known, processes, serving
 from bench.reliability.overload import capacity
+from bench.rounds import in_turn
 
 CALLERS = 64
 
@@ -17,7 +18,7 @@ def run(report: Report, *, rounds: int = 15, seconds: float = 3.0, transport: st
         ratios = []
         rates: dict[str, list[float]] = {on.target: [], off.target: []}
         for number in range(rounds):
-            for server in (on, off) if number % 2 == 0 else (off, on):
+            for server in in_turn((on, off), number):
                 rate = pool.submit(capacity, server.target, answers, 1, CALLERS, seconds).result()
                 rates[server.target].append(rate)
             ratios.append(rates[on.target][-1] / rates[off.target][-1])
