@@ -6,12 +6,16 @@ without a restart; connections that are open keep the one that they began with.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import ssl
+import tempfile
+from collections.abc import Iterator
 
 import grpc
 
 from server.errors import CannotServe
-from server.secret_files import Contents, WatchedFiles, read_files
+from server.secret_files import Contents, WatchedFiles
 from server.settings import Settings
 
 _UNUSABLE = {
@@ -72,20 +76,15 @@ def _context(settings: Settings, contents: Contents) -> ssl.SSLContext:
     """A context of the files with these contents.
 
     Raises:
-        CannotServe: the contents cannot be used, or the files have others by now.
+        CannotServe: the contents cannot be used.
     """
     _configuration(settings, contents)  # checks all there is to check
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(settings.tls_cert, settings.tls_key)
-        if settings.tls_client_ca:
-            context.load_verify_locations(settings.tls_client_ca)
-            context.verify_mode = ssl.CERT_REQUIRED
-    except OSError as error:  # ssl.SSLError is one: what was checked a moment ago is not there any more
-        raise CannotServe(f"{settings.tls_cert} or {settings.tls_key} changed while they were read") from error
-    if read_files(tls_files(settings)) != contents:
-        raise CannotServe(f"{settings.tls_cert} or {settings.tls_key} changed while they were read")
+    _load_pair(context, settings, contents)
+    if settings.tls_client_ca:
+        context.load_verify_locations(cadata=_text(contents[settings.tls_client_ca]))
+        context.verify_mode = ssl.CERT_REQUIRED
     context.set_alpn_protocols(["h2", "http/1.1"])
     return context
 
@@ -107,14 +106,11 @@ def _configuration(settings: Settings, contents: Contents) -> grpc.ServerCertifi
     chain, key = contents[settings.tls_cert], contents[settings.tls_key]
     _check_certificates(chain, f"the certificate chain {settings.tls_cert}")
     _check_algorithm(chain, settings.tls_cert)
-    _check_pair(settings)
+    _load_pair(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), settings, contents)
     roots = None
     if settings.tls_client_ca:
         roots = contents[settings.tls_client_ca]
         _check_certificates(roots, f"the client CA file {settings.tls_client_ca}")
-    # OpenSSL reads paths only, so that what it checked and what was read before are to be the same.
-    if read_files(tls_files(settings)) != contents:
-        raise CannotServe(f"{settings.tls_cert} or {settings.tls_key} changed while they were read")
     return grpc.ssl_server_certificate_configuration([(key, chain)], roots)
 
 
@@ -140,12 +136,19 @@ def _check_algorithm(chain: bytes, path: str) -> None:
             raise CannotServe(f"the certificate chain {path} is of a {name} key; gRPC serves RSA, P-256 and P-384 ones")
 
 
-def _check_pair(settings: Settings) -> None:
+def _load_pair(context: ssl.SSLContext, settings: Settings, contents: Contents) -> None:
+    """Have a context serve with the certificate chain and the private key.
+
+    Raises:
+        CannotServe: they cannot be used, or are not of each other.
+    """
+
     def refuse_password() -> str:  # else OpenSSL would ask the terminal
         raise CannotServe(f"the private key {settings.tls_key} is encrypted; the server takes plain ones only")
 
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_cert, settings.tls_key, refuse_password)
+        with _path_of(contents[settings.tls_cert]) as chain, _path_of(contents[settings.tls_key]) as key:
+            context.load_cert_chain(chain, key, refuse_password)
     except ssl.SSLError as error:
         pair = f"the private key {settings.tls_key} and the certificate chain {settings.tls_cert}"
         if error.reason in _MISMATCHES:
@@ -153,8 +156,19 @@ def _check_pair(settings: Settings) -> None:
         if error.reason == "EE_KEY_TOO_SMALL":
             raise CannotServe(f"{pair} are too short: RSA keys need 2048 bits") from error
         raise CannotServe(f"the private key {settings.tls_key} is no usable PEM key: {_reason(error)}") from error
-    except OSError as error:  # it was there a moment ago
-        raise CannotServe(f"{settings.tls_cert} or {settings.tls_key} cannot be read: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _path_of(content: bytes) -> Iterator[str]:
+    """A path at which OpenSSL, which reads pairs from paths only, finds this content.
+
+    The files that it came from may hold something else by now. Where the
+    system can, it lies in memory: secrets are not to be written to a disk.
+    """
+    with os.fdopen(os.memfd_create("pem"), "w+b") if hasattr(os, "memfd_create") else tempfile.TemporaryFile() as file:
+        file.write(content)
+        file.seek(0)
+        yield f"/dev/fd/{file.fileno()}"
 
 
 def _text(content: bytes) -> str:

@@ -48,7 +48,7 @@ class WatchedFiles(Generic[T]):
         self._paths = paths
         self._parse = parse
         self._lock = threading.Lock()
-        self._seen = read_files(self._paths)
+        self._seen = self._read()
         self._failure = ""
         self.value = parse(self._seen)
 
@@ -56,7 +56,7 @@ class WatchedFiles(Generic[T]):
         """Whether the files changed and `value` with them; files that cannot be used are logged once and left alone."""
         with self._lock:
             try:
-                contents = read_files(self._paths)
+                contents = self._read()
                 if contents == self._seen:
                     self._failure = ""
                     return False
@@ -72,14 +72,8 @@ class WatchedFiles(Generic[T]):
             logger.info("read again: %s", ", ".join(self._paths))
             return True
 
-
-def read_files(paths: Mapping[str, str]) -> dict[str, bytes]:
-    """The contents of the files at these paths; with each path stands what a sentence calls the file.
-
-    Raises:
-        CannotServe: a file cannot be read.
-    """
-    return {path: _read(path, what) for path, what in paths.items()}
+    def _read(self) -> Contents:
+        return {path: _read(path, what) for path, what in self._paths.items()}
 
 
 def _read(path: str, what: str) -> bytes:

@@ -506,6 +506,30 @@ async def test_handshakes_while_the_pair_changes_all_succeed_with_one_of_the_two
             assert await asyncio.to_thread(serial_at, address) == served.serial
 
 
+async def test_a_pair_that_is_written_over_while_it_is_checked_is_served_all_the_same(
+    authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, other = authority.issue(tmp_path / "tls"), authority.issue(tmp_path / "other")
+    new = [(pair.cert, other.cert.read_bytes()), (pair.key, other.key.read_bytes())]
+    load = ssl.SSLContext.load_cert_chain
+
+    def write(content: bytes | None = None) -> None:
+        for path, new_content in new:
+            path.write_bytes(new_content if content is None else content)
+
+    def load_while_files_change(context: ssl.SSLContext, *arguments: Any) -> None:
+        write(b"half of it")
+        load(context, *arguments)
+
+    async with server_of(pair.settings()) as address:
+        write()
+        with monkeypatch.context() as patched:
+            patched.setattr(ssl.SSLContext, "load_cert_chain", load_while_files_change)
+            await asyncio.to_thread(serial_at, address)
+        write()  # what has been seen once, and must not count as refused
+        assert await asyncio.to_thread(serial_at, address) == other.serial
+
+
 async def test_handshakes_that_fail_do_not_write_the_log(
     server_process: Start, authority: Authority, tmp_path: Path
 ) -> None:
