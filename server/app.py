@@ -19,7 +19,7 @@ from server.credentials import server_credentials, tls_context
 from server.errors import CannotServe, not_installed
 from server.intake import Intake
 from server.limits import connection_options
-from server.observer import Observer, Observers
+from server.observer import HttpSpan, Observer, Observers
 from server.open_inference import SERVICE_NAME as OPEN_INFERENCE_NAME
 from server.open_inference import OpenInference
 from server.ports import Reservation, literal_hosts
@@ -58,6 +58,7 @@ class DigitServer:
         exchange: model_admin.Exchange | None = None,
         shares_port: bool = False,
         metrics_page: Callable[[str], tuple[bytes, str]] | None = None,
+        http_span: HttpSpan | None = None,
     ) -> None:
         """Bind the address of the settings; `port` tells the port.
 
@@ -70,6 +71,7 @@ class DigitServer:
                 by `start`, as the kernel sends connections to whoever has bound it.
             metrics_page: gives the page of metrics and its content type for a
                 scraper's header `Accept`, for a transport that speaks plain HTTP.
+            http_span: traces requests over plain HTTP.
 
         Raises:
             OSError: the address cannot be bound, for example because it is taken.
@@ -95,7 +97,7 @@ class DigitServer:
         interceptors = [*interceptors, *tokens]
         self._server, self._credentials = _transport(settings, interceptors, shares_port=shares_port)
         if settings.transport == "asgi":
-            self._add_plain_http(tokens[0] if tokens else None, metrics_page, names)
+            self._add_plain_http(tokens[0] if tokens else None, metrics_page, names, http_span)
         intake = Intake(self._service)
         servicer.add_to_server(servicer.DigitClassifierServicer(self._service, intake), self._server)
         open_inference_servicer.add_to_server(
@@ -119,6 +121,7 @@ class DigitServer:
         tokens: authentication.BearerTokens | None,
         metrics_page: Callable[[str], tuple[bytes, str]] | None,
         grpc_services: Sequence[str],
+        span: HttpSpan | None,
     ) -> None:
         from server.http2.plain import Routes
 
@@ -135,6 +138,7 @@ class DigitServer:
             tokens=tokens,
             metrics=metrics if metrics_page else None,
             grpc_services=grpc_services,
+            span=span,
         )
 
     def _bind(self) -> None:

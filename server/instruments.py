@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from server.observer import Observer, Observers
+from server.observer import HttpSpan, Observer, Observers
 from server.settings import Settings, bracketed
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ class Instruments:
         """
         self._closers: list[Callable[[], object]] = []
         self.interceptors: list[grpc.aio.ServerInterceptor] = []
+        self.http_span: HttpSpan | None = None
+        """Makes the span of a request over plain HTTP."""
         self.observer: Observer | None = None
         self.page: Callable[[str], tuple[bytes, str]] | None = None
         """The page of metrics for a scraper's header `Accept`, and its content type. Takes milliseconds."""
@@ -48,9 +50,10 @@ class Instruments:
         if settings.tracing:
             from server import tracing
 
-            observer, interceptors, close = tracing.setup(settings)
+            observer, calls, close = tracing.setup(settings)
             observers.append(observer)
-            self.interceptors += interceptors
+            self.interceptors.append(calls)
+            self.http_span = calls.http_span
             self._closers.append(close)
         if observers:
             self.observer = observers[0] if len(observers) == 1 else Observers(observers)

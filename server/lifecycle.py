@@ -33,6 +33,7 @@ async def serve(settings: Settings) -> None:
                 interceptors=instruments.interceptors,
                 exchange=deployment if settings.admin else None,
                 metrics_page=instruments.page,
+                http_span=instruments.http_span,
             )
         except OSError as error:
             raise CannotServe(str(error)) from error

@@ -7,8 +7,13 @@ have to be quick, and they must not raise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeAlias
+
+HttpSpan: TypeAlias = Callable[[str, str, Mapping[str, str]], AbstractContextManager[Callable[[int], None]]]
+"""Watches a request over plain HTTP, in a `with`: takes its method, path and headers, gives what is to be told the
+status of the answer."""
 
 
 class Observer:

@@ -1,4 +1,4 @@
-"""OpenTelemetry traces: a span for each call, and one for each batch that links to the calls in it.
+"""OpenTelemetry traces: a span for each call, also over plain HTTP, and one for each batch that links to its calls.
 
 A caller whose channel is instrumented sends W3C's `traceparent`; the call's
 span here continues that trace. A batch belongs to many calls: its span is part
@@ -21,7 +21,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -54,8 +54,8 @@ SHUTDOWN_SECONDS = 2.0
 
 def setup(
     settings: Settings, *, processor: SpanProcessor | None = None
-) -> tuple[Observer, list[grpc.aio.ServerInterceptor], Callable[[], None]]:
-    """Make what traces this process: an observer, the interceptors of its server, and what ends it.
+) -> tuple[Observer, CallTracer, Callable[[], None]]:
+    """Make what traces this process: an observer, an interceptor of its server, and what ends it.
 
     The last one sends what is left, for up to `SHUTDOWN_SECONDS`. `processor`
     takes the spans; by default they go out over OTLP.
@@ -64,8 +64,6 @@ def setup(
         CannotServe: OpenTelemetry is not installed, or cannot be set up as the
             environment says.
     """
-    if not settings.tracing:
-        return Observer(), [], lambda: None
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -77,7 +75,7 @@ def setup(
     except ValueError as error:  # a variable with a value that it cannot have
         raise CannotServe(f"OpenTelemetry cannot be set up: {error}") from error
     tracer = provider.get_tracer("mnist-grpc", server_version())
-    return BatchTracer(tracer), [CallTracer(tracer)], lambda: _shut_down(provider)
+    return BatchTracer(tracer), CallTracer(tracer), lambda: _shut_down(provider)
 
 
 def _provider(settings: Settings) -> TracerProvider:
@@ -160,6 +158,26 @@ class CallTracer(grpc.aio.ServerInterceptor):
                 span.set_attribute("rpc.grpc.status_code", grpc.StatusCode[code].value[0])
                 if code in FAULTS:
                     span.set_status(trace.StatusCode.ERROR, code)
+
+    @contextmanager
+    def http_span(self, method: str, path: str, headers: Mapping[str, str]) -> Iterator[Callable[[int], None]]:
+        """The same for a request over plain HTTP; what it gives is to be told the status of the answer."""
+        from opentelemetry import propagate, trace
+
+        span = self._tracer.start_span(
+            f"{method} {path}",
+            context=propagate.extract(headers),
+            kind=trace.SpanKind.SERVER,
+            attributes={"http.request.method": method, "http.route": path},
+        )
+
+        def answered(status: int) -> None:
+            span.set_attribute("http.response.status_code", status)
+            if status >= 500:
+                span.set_status(trace.StatusCode.ERROR)
+
+        with trace.use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False):
+            yield answered
 
 
 def _taken_apart(handler: Handler) -> tuple[Callable[..., Handler], Callable[[Any, Context], Any]]:

@@ -131,6 +131,7 @@ class Worker:
                 exchange=self if settings.admin else None,
                 shares_port=True,
                 metrics_page=self._instruments.page,
+                http_span=self._instruments.http_span,
             )
             await in_daemon_thread(_import_torch)
         except ModuleNotFoundError as error:

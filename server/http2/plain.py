@@ -35,7 +35,7 @@ from server.errors import (
 )
 from server.http2 import wire
 from server.http2.wire import Header
-from server.observer import Observer
+from server.observer import HttpSpan, Observer
 from server.service import CLASSIFY, DigitService, deadline_after, named_errors
 from server.statuses import status_of
 
@@ -137,6 +137,7 @@ class Routes:
         tokens: BearerTokens | None = None,
         metrics: Callable[[str], Awaitable[tuple[bytes, str]]] | None = None,
         grpc_services: Collection[str] = (),
+        span: HttpSpan | None = None,
     ) -> None:
         """Put them over a service.
 
@@ -148,6 +149,7 @@ class Routes:
             tokens: who may ask for more than health; without it, everybody.
             metrics: is given the header `accept`; gives the page of metrics and its content type.
             grpc_services: full names of those whose methods are at this port, too.
+            span: traces calls that are not refused by their head alone.
         """
         self.service = service
         self.is_serving = is_serving
@@ -155,6 +157,7 @@ class Routes:
         self.observer = observer
         self.tokens = tokens
         self.metrics = metrics
+        self.span = span
         self._grpc_paths = tuple(f"/{name}/" for name in grpc_services)
         self.writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="json")
 
@@ -259,7 +262,13 @@ class Exchange:
             return self._health()
         if path == METRICS:
             return await self._metrics()
-        return await self._classify(body)
+        if self._routes.span is None:
+            return await self._classify(body)
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in self._request.headers}
+        with self._routes.span("POST", CLASSIFY_PATH, headers) as answered:
+            answer = await self._classify(body)
+            answered(answer.status)
+            return answer
 
     def too_large(self) -> Answer:
         """The answer to a body over the limit."""

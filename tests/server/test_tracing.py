@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import http.client
+import json
 import os
 import subprocess
 import sys
@@ -47,8 +50,8 @@ async def traced_server(spans: InMemorySpanExporter | None = None, **settings: A
     """A server whose spans go to `spans`, or else over OTLP."""
     chosen = Settings(port=0, tracing=True, **settings)
     processor = None if spans is None else SimpleSpanProcessor(spans)
-    observer, interceptors, shutdown = tracing.setup(chosen, processor=processor)
-    server = DigitServer(chosen, observer=observer, interceptors=interceptors)
+    observer, calls, shutdown = tracing.setup(chosen, processor=processor)
+    server = DigitServer(chosen, observer=observer, interceptors=[calls], http_span=calls.http_span)
     await server.start()
     try:
         await server.load()
@@ -308,7 +311,7 @@ async def test_a_call_that_its_caller_leaves_ends_its_span_and_is_still_linked(
 
 async def test_an_unforeseen_exception_is_in_the_span(spans: InMemorySpanExporter) -> None:
     settings = Settings(tracing=True)
-    _, interceptors, shutdown = tracing.setup(settings, processor=SimpleSpanProcessor(spans))
+    _, interceptor, shutdown = tracing.setup(settings, processor=SimpleSpanProcessor(spans))
 
     async def fail(request: bytes, context: Any) -> bytes:
         raise ZeroDivisionError("a bug")
@@ -317,7 +320,7 @@ async def test_an_unforeseen_exception_is_in_the_span(spans: InMemorySpanExporte
         for part in (b"1", b"2"):
             yield part
 
-    server = grpc.aio.server(interceptors=interceptors)
+    server = grpc.aio.server(interceptors=[interceptor])
     handlers: dict[str, Any] = {
         "Fail": grpc.unary_unary_rpc_method_handler(fail),
         "Generate": grpc.unary_stream_rpc_method_handler(generate),
@@ -363,6 +366,41 @@ async def test_what_a_caller_does_not_sample_is_not_traced(golden: Golden, spans
     assert len(spans.get_finished_spans()) == 4
     assert trace_of(call) == trace_of(batch) == int("a" * 32, 16)
     assert alone.parent is None
+
+
+async def test_a_call_over_plain_http_continues_its_caller_s_trace(golden: Golden, spans: InMemorySpanExporter) -> None:
+    def post(address: str, body: bytes) -> int:
+        connection = http.client.HTTPConnection(address, timeout=TIMEOUT)
+        headers = {"content-type": "application/json", "traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
+        connection.request("POST", "/v1/classify", body, headers)
+        status = connection.getresponse().status
+        connection.close()
+        return status
+
+    bodies = json.dumps({"pixels": base64.b64encode(golden[0][0].tobytes()).decode()}).encode(), b"rubbish"
+    async with traced_server(spans, transport="asgi") as server:
+        statuses = [await asyncio.to_thread(post, server.address, body) for body in bodies]
+    assert statuses == [200, 400]
+    good, bad = by_name(spans, "POST /v1/classify")
+    (batch,) = by_name(spans, "batch")
+    assert trace_of(good) == trace_of(batch) == trace_of(bad) == int("a" * 32, 16)
+    assert batch.parent is not None
+    assert batch.parent.span_id == id_of(good)
+    assert good.kind == trace.SpanKind.SERVER
+    assert [attributes_of(span) for span in (good, bad)] == [
+        {"http.request.method": "POST", "http.route": "/v1/classify", "http.response.status_code": status}
+        for status in statuses
+    ]
+    assert bad.status.status_code == trace.StatusCode.UNSET, "it is the caller's fault"
+
+
+async def test_a_call_over_plain_http_that_fails_here_is_an_error(spans: InMemorySpanExporter) -> None:
+    _, calls, shutdown = tracing.setup(Settings(tracing=True), processor=SimpleSpanProcessor(spans))
+    with calls.http_span("POST", "/v1/classify", {}) as answered:
+        answered(503)
+    shutdown()
+    (span,) = spans.get_finished_spans()
+    assert span.status.status_code == trace.StatusCode.ERROR
 
 
 def test_a_batch_without_a_traced_call_is_not_traced(spans: InMemorySpanExporter) -> None:
@@ -422,7 +460,7 @@ def test_the_environment_names_the_service(
     address, received = collector
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "service.name=digits,deployment.environment=test")
-    _, (interceptor,), shutdown = tracing.setup(Settings(tracing=True))
+    _, interceptor, shutdown = tracing.setup(Settings(tracing=True))
     assert isinstance(interceptor, tracing.CallTracer)
     interceptor._tracer.start_span("any").end()
     shutdown()
@@ -440,7 +478,7 @@ def test_a_collector_that_does_not_answer_holds_up_no_stop(
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "2")
-        _, (interceptor,), shutdown = tracing.setup(Settings(tracing=True))
+        _, interceptor, shutdown = tracing.setup(Settings(tracing=True))
         assert isinstance(interceptor, tracing.CallTracer)
         interceptor._tracer.start_span("any").end()
         ended = threading.Thread(target=shutdown, daemon=True)
@@ -456,16 +494,14 @@ def test_a_collector_that_does_not_answer_holds_up_no_stop(
 def test_without_tracing_nothing_of_opentelemetry_is_imported() -> None:
     code = """
 import sys
-from server import tracing
-from server.observer import Observer
+from server.instruments import Instruments
 from server.settings import Settings
-observer, interceptors, shutdown = tracing.setup(Settings())
-shutdown()
-assert type(observer) is Observer
-print(interceptors, [name for name in sys.modules if name.startswith("opentelemetry")])
+with Instruments(Settings()) as instruments:
+    print(instruments.interceptors, instruments.http_span)
+print([name for name in sys.modules if name.startswith("opentelemetry") or name == "server.tracing"])
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout == "[] []\n"
+    assert result.stdout == "[] None\n[]\n"
 
 
 def test_without_opentelemetry_the_server_says_what_to_install(tmp_path: Path) -> None:
