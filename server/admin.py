@@ -108,12 +108,13 @@ async def _until(ended: asyncio.Event, messages: AsyncIterator[M]) -> AsyncItera
     try:
         while True:
             next_message = asyncio.ensure_future(anext(messages, None))
-            await asyncio.wait((next_message, end), return_when=asyncio.FIRST_COMPLETED)
-            if not next_message.done():
-                next_message.cancel()
-                return
-            if (message := next_message.result()) is None:
-                return
+            try:
+                await asyncio.wait((next_message, end), return_when=asyncio.FIRST_COMPLETED)
+                if not next_message.done() or (message := next_message.result()) is None:
+                    return
+            finally:  # also of a call that was cancelled: nobody else would wait for it
+                if next_message.cancel():
+                    await asyncio.wait((next_message,))
             yield message
     finally:
         end.cancel()

@@ -11,6 +11,7 @@ import os
 import ssl
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 
@@ -59,17 +60,24 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     """
     if not settings.tls_cert:
         return None
-    files = WatchedFiles(tls_files(settings), lambda contents: _context(settings, contents))
-    first = files.value
+    context = _RenewedContext(ssl.PROTOCOL_TLS_SERVER)
+    context.files = WatchedFiles(tls_files(settings), lambda contents: _context(settings, contents))
+    return context
 
-    def renew(connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
-        """Called by OpenSSL in each handshake."""
-        files.look()
-        if files.value is not first:
-            connection.context = files.value
 
-    first.sni_callback = renew
-    return first
+class _RenewedContext(ssl.SSLContext):
+    """Begins each connection with the context that belongs to what the files hold then.
+
+    With that one's own sessions, too: a client that resumes a session is not
+    verified again, so that those of other files must not be resumed.
+    """
+
+    files: WatchedFiles[ssl.SSLContext]
+
+    def wrap_bio(self, *arguments: Any, **named: Any) -> ssl.SSLObject:
+        """Called by the event loop for each connection."""
+        self.files.look()
+        return self.files.value.wrap_bio(*arguments, **named)
 
 
 def _context(settings: Settings, contents: Contents) -> ssl.SSLContext:

@@ -7,14 +7,12 @@ Python exception.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 
 class ServiceError(Exception):
     """A call ends without an answer."""
 
-    code: ClassVar[str]
-    number: ClassVar[int]
+    code: str
+    number: int
     field: str = ""
     incident_id: str = ""
     retry_after_seconds: float | None = None

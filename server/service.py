@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from digits.preprocessing import InvalidImage
+from digits.preprocessing import PIXELS, InvalidImage
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 from server.answers import build_response
 from server.batching import Answer, DeadlineExpired, DynamicBatcher, Flow, QueueClosed, QueueFull
@@ -221,7 +221,9 @@ class DigitService:
         used in place of `read`; see `MergedFrames`.
         """
         if read_ready is not None:
-            read = MergedFrames(read_ready, self._settings.max_message_bytes)
+            settings = self._settings
+            most = min(settings.stream_window, settings.max_queue_size, settings.max_message_bytes // PIXELS)
+            read = MergedFrames(read_ready, most)
         deadline = deadline_after(timeout)
         flow = Flow()  # one for all of its frames, so that many of them do not crowd out other callers
 

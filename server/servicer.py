@@ -125,7 +125,7 @@ def message(request: M | ServiceError) -> M:
 
 
 def logged(method: str, handle: Callable[[Any, Context], Awaitable[T]]) -> Callable[[Any, Context], Awaitable[T]]:
-    """A handler that also logs how each call ended: at debug level, and an INTERNAL error at error level.
+    """A handler that also logs how each call ended: at debug level, and a fault of ours at error level.
 
     `method` is `package.Service/Method`.
     """
@@ -150,7 +150,8 @@ def _log_failure(method: str, context: Context, error: BaseException, seconds: f
             _log_call(logging.DEBUG, method, context, code_of_interruption(context), seconds)
         return
     code = code_of(context)
-    level = logging.ERROR if code == "INTERNAL" else logging.DEBUG
+    # Of a fault, that is; the transport calls what is no gRPC INTERNAL, too.
+    level = logging.ERROR if "incident-id" in dict(context.trailing_metadata() or ()) else logging.DEBUG
     if level == logging.ERROR or logs.tells_calls():
         _log_call(level, method, context, code, seconds)
 

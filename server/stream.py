@@ -83,6 +83,7 @@ class OrderedStream(Generic[Request, Reply]):
         try:
             while (request := await read()) is not None:
                 rows, size = self._measure(request)
+                rows = max(rows, 1)  # an empty message takes a place, too
                 # A message larger than the window goes when it is alone.
                 while self._unanswered and (
                     self._unanswered + rows > self._window or self._unanswered_bytes + size > self._window_bytes
@@ -140,9 +141,11 @@ class MergedFrames:
     the blocks of the answers say which frames they are of, as always.
     """
 
-    def __init__(self, read_ready: ReadReady, max_bytes: int) -> None:
+    def __init__(self, read_ready: ReadReady, max_rows: int) -> None:
+        """What is merged has at most `max_rows` frames, and never more than `MERGED_ROWS`."""
         self._read_ready = read_ready
-        self._max_rows = min(MERGED_ROWS, max_bytes // PIXELS)
+        self._max_rows = min(MERGED_ROWS, max_rows)
+        self._is_live = False  # from a message that asks for the latest frames only, to the end
         self._ready: deque[pb.StreamClassifyRequest] = deque()
 
     async def __call__(self) -> pb.StreamClassifyRequest | None:
@@ -152,7 +155,8 @@ class MergedFrames:
             if not self._ready:
                 return None
         first = self._ready.popleft()
-        if not self._ready or (rows := mergeable_rows(first)) is None:
+        self._is_live |= first.latest_only
+        if self._is_live or not self._ready or (rows := mergeable_rows(first)) is None:
             return first
         parts = [first.frames.pixels]
         while self._ready:

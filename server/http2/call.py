@@ -41,6 +41,13 @@ OK_BLOCK = encode(wire.trailers_of(wire.OK))
 WRITE_AHEAD = 65536
 """Bytes of answers that wait for the client's window before `write` waits too."""
 
+CLOCK_SECONDS = 0.002
+"""The clock of uvloop has milliseconds. Whoever is told that a deadline has passed shall also find it passed."""
+
+READY_MESSAGES = 256
+READY_BYTES = 256 * 1024
+"""Of messages that are read at once; others stay as they came, which may be a thousandth of what they say."""
+
 COMPRESS_FROM = 1024
 """Shorter answers are sent as they are, whatever the request was."""
 
@@ -94,15 +101,16 @@ class Call:
         self.stream = stream
         self.head = head
         self.path = head.path.decode("ascii", "replace")
-        self.encoding = head.encoding
+        self.encoding = head.encoding if head.encoding in head.accepted else b"identity"
+        """Of answers."""
         self.half_closed = stream.closed_there
         """The client sends no more messages."""
         self.over = False
-        """The status has been sent, or nobody is there who could get it."""
+        """The status is on its way, or nobody is there who could get it."""
         self._deframer = Deframer(link.server.max_message_bytes, head.encoding)
         self._messages: deque[bytes] = deque()
         self._unused = 0  # bytes for which the client was given no new window yet
-        self._broken: WireError | ServiceError | None = None  # what stands where the next message should
+        self._broken: ServiceError | None = None  # what stands where the next message should
         self._reader: asyncio.Future[None] | None = None
         self._handler: Handler | None = None
         self._has_head = False
@@ -114,7 +122,7 @@ class Call:
         self._deadline: float | None = None
         if head.timeout is not None:
             self._deadline = loop.time() + head.timeout
-            self._timer = loop.call_at(self._deadline, self._expire)
+            self._timer = loop.call_at(self._deadline + CLOCK_SECONDS, self._expire)
         self.task = loop.create_task(self._run())
         self.task.add_done_callback(self._ended)
 
@@ -129,7 +137,8 @@ class Call:
             messages = self._deframer.feed(data)
         except WireError as error:
             self._messages += error.messages
-            self._break(error)
+            self._broken = error
+            self._wake()
             return
         self._messages += messages
         if messages:
@@ -151,7 +160,7 @@ class Call:
         try:
             self._deframer.end()
         except WireError as error:
-            self._break(error)
+            self._broken = error
         self._wake()
 
     def abandon(self) -> None:
@@ -161,17 +170,19 @@ class Call:
 
     def cut_off(self, code: int, message: str) -> None:
         """End the call from outside, whatever its handler does."""
-        if not self.over:
+        if not self.stream.closed_here:
             self._code, self._details = code, message
+            self._link.engine.drop_unsent(self.stream)  # or the status would wait for a client that does not read
             self._end()
             self.task.cancel()
 
     def _expire(self) -> None:
         self.cut_off(wire.DEADLINE_EXCEEDED, "Deadline Exceeded")
 
-    def _break(self, error: WireError) -> None:
+    def _break(self, error: ServiceError) -> None:
+        """What was to be the next message is none: what lies behind it is nothing."""
         self._broken = error
-        self._wake()
+        self._messages.clear()
 
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():
@@ -216,23 +227,28 @@ class Call:
         return self._deserialized(content)
 
     async def read_ready(self) -> list[Any]:
-        """Wait for a message, and give all that are there; none at the end.
+        """Wait for a message, and give those that are there, up to some; none at the end.
 
         Raises:
             ServiceError: bytes that are no message stood where the next one should.
         """
-        first = await self._take()
-        if first is None:
-            return []
-        requests = [self._deserialized(first)]
-        while self._messages and not isinstance(requests[-1], ServiceError):
-            requests.append(self._deserialized(self._pop()))
-        if isinstance(error := requests[-1], ServiceError):
-            del requests[-1]
-            if not requests:
-                raise error
-            self._broken = error
-            self._messages.clear()
+        content = await self._take()
+        requests: list[Any] = []
+        size = 0
+        while content is not None:
+            if isinstance(request := self._deserialized(content), ServiceError):
+                self._break(request)
+                break
+            requests.append(request)
+            size += len(content)
+            if not self._messages or len(requests) == READY_MESSAGES or size >= READY_BYTES:
+                return requests
+            try:
+                content = self._pop()
+            except WireError:  # it stands where the next message should
+                break
+        if not requests and self._broken is not None:
+            raise self._broken
         return requests
 
     async def write(self, response: Any) -> None:
@@ -254,11 +270,12 @@ class Call:
             await self._answer()
         except grpc.aio.AbortError:
             pass
-        except WireError as error:
-            self._code, self._details = error.code, str(error)
+        except ServiceError as error:
+            self._code, self._details = error.number, str(error)
         except asyncio.CancelledError:
             if not self.over:  # cancelled by its own handler, which should not be
                 self._code, self._details = wire.CANCELLED, "the call was cancelled"
+            return
         except BaseException as error:
             logger.exception("the handler of %s has a fault", self.path)
             self._code, self._details = wire.UNKNOWN, "the server has a fault"
@@ -267,6 +284,8 @@ class Call:
         finally:
             if not self.over:
                 self._end()
+        while (sent := self._link.sent(self)) is not None:  # the deadline is also that of a client which does not read
+            await sent
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """Also of a task that was cancelled before it began."""
@@ -304,14 +323,22 @@ class Call:
         return self._pop()
 
     def _pop(self) -> bytes:
+        """The first of the messages that are there.
+
+        Raises:
+            WireError: it cannot be opened.
+        """
         self._use(self._unused // len(self._messages))
-        return self._messages.popleft()
+        try:
+            return self._deframer.opened(self._messages.popleft())
+        except WireError as error:
+            self._break(error)
+            raise
 
     async def _only_message(self) -> Any:
         content = await self._take()
-        if content is None or self._messages:
-            number = 0 if content is None else 1 + len(self._messages)
-            raise WireError(wire.UNIMPLEMENTED, f"{self.path} takes exactly one message, {number} came")
+        if content is None:
+            raise WireError(wire.UNIMPLEMENTED, f"{self.path} takes one message, none came")
         return self._deserialized(content)
 
     def _deserialized(self, content: bytes) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import TYPE_CHECKING, Any, cast
 
 from server import limits
@@ -24,6 +25,17 @@ logger = logging.getLogger(__name__)
 
 MAX_UNSENT = 1 << 20
 """Bytes that the kernel does not take before nothing more is read: a client that reads nothing gets no answers."""
+
+TURN_SECONDS = 0.005
+"""What came at once and takes longer is followed by a turn of the others."""
+
+SETTLE_SECONDS = 2.0
+"""How long a client has to answer the ping that tells which calls were on their way.
+
+One that sleeps holds up no stop.
+"""
+
+TOO_OLD = "the connection has reached its greatest age, and its calls had their grace"
 
 
 class Connection(asyncio.Protocol):
@@ -47,6 +59,7 @@ class Connection(asyncio.Protocol):
         self._last_ping = -limits.MIN_PING_INTERVAL_SECONDS
         self._strikes = 0
         self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._accepted = server.loop.time()  # with TLS, before the handshake
 
     # asyncio.Protocol ---------------------------------------------------------------
 
@@ -56,13 +69,28 @@ class Connection(asyncio.Protocol):
         self.peer = peer_of(transport.get_extra_info("peername"))
         self.server.connections.add(self)
         self._heard = self.server.loop.time()
-        self._later("handshake", limits.HANDSHAKE_SECONDS, self._expect_handshake)
+        left = self._accepted + limits.HANDSHAKE_SECONDS - self._heard
+        self._later("handshake", max(0.0, left), self._expect_handshake)
         if age := self.server.age_of_new_connection():
             self._later("age", age, self._grow_old)
         self._watch()
+        if self.server.is_stopping:  # its TLS handshake began before
+            self.drain()
 
     def data_received(self, data: bytes) -> None:
+        start = time.perf_counter()
         self._heard = self.server.loop.time()
+        self._receive(data)
+        if time.perf_counter() - start > TURN_SECONDS and not self._paused and not self._transport.is_closing():
+            # The event loop would read on, and work for this client alone.
+            self._transport.pause_reading()
+            self.server.loop.call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        if not self._paused and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def _receive(self, data: bytes) -> None:
         if not self._is_http2:
             data = self._begun + data
             if not data.startswith(PREFACE):
@@ -86,7 +114,8 @@ class Connection(asyncio.Protocol):
         for timer in self._timers.values():
             timer.cancel()
         self.server.connections.discard(self)
-        self.server.other_protocol(self._transport, data)
+        if not self._transport.is_closing():
+            self.server.other_protocol(self._transport, data)
 
     def eof_received(self) -> bool:
         return False
@@ -106,8 +135,7 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._paused = False
-        if not self._transport.is_closing():
-            self._transport.resume_reading()
+        self._read_on()
         self.widened()
 
     # Sink ------------------------------------------------------------------------------
@@ -126,7 +154,7 @@ class Connection(asyncio.Protocol):
                 )
             stream.user = call = Call(self, stream, head)
         except WireError as error:
-            trailers = wire.trailers_of(error.code, str(error))
+            trailers = wire.trailers_of(error.number, str(error))
             self._answer(stream, encode([*HEAD, *trailers]))
             return
         self.calls.add(call)
@@ -153,7 +181,7 @@ class Connection(asyncio.Protocol):
     def pinged(self, is_answer: bool) -> None:
         if is_answer:
             self._ping_sent = False
-            if self._draining and not self._is_last_known:
+            if self._draining:
                 self._settle()
             return
         now = self.server.loop.time()
@@ -202,9 +230,15 @@ class Connection(asyncio.Protocol):
         self.engine.release(call.stream)
         self._close_if_done()
 
+    def sent(self, call: Begun) -> asyncio.Future[None] | None:
+        return None if call.stream.closed_here else self._wait(call)
+
     def room_for(self, call: Begun) -> asyncio.Future[None] | None:
         if call.over or (not self._paused and call.stream.pending_bytes <= WRITE_AHEAD):
             return None
+        return self._wait(call)
+
+    def _wait(self, call: Begun) -> asyncio.Future[None]:
         self._waiting[call] = room = self.server.loop.create_future()
         return room
 
@@ -219,6 +253,7 @@ class Connection(asyncio.Protocol):
 
     def _watch(self) -> None:
         """Ping a client that has been silent for long; drop one that does not answer."""
+        self.engine.forgive()
         silent = self.server.loop.time() - self._heard
         if self._ping_sent and silent >= limits.KEEPALIVE_TIMEOUT_SECONDS:
             self._transport.abort()
@@ -236,7 +271,7 @@ class Connection(asyncio.Protocol):
 
     def _grow_old(self) -> None:
         self.drain()
-        self._later("age", self.server.max_connection_age_grace, self.cancel_calls)
+        self._later("age", self.server.max_connection_age_grace, lambda: self.cancel_calls(TOO_OLD))
 
     def drain(self) -> None:
         """Have the client open no more streams here, and close when those that are open are answered."""
@@ -249,27 +284,36 @@ class Connection(asyncio.Protocol):
         # In two steps (RFC 9113, 6.8): calls that are on their way are answered, as the ping's answer comes after them.
         self.engine.goaway(EVERY_STREAM)
         self._ping()
+        self._later("settle", SETTLE_SECONDS, self._settle)
 
     def _settle(self) -> None:
         """Refuse what is opened from now on."""
+        if self._is_last_known:
+            return
         self._is_last_known = True
         self.engine.goaway(self.engine.last_stream)
         self.flush_soon()
         self._close_if_done()
 
-    def cancel_calls(self) -> None:
-        """End all calls that still go on."""
+    def cancel_calls(self, reason: str) -> None:
+        """End all calls that still go on; the reason is what they are told."""
         self._is_cut_off = True
         for call in list(self.calls):
-            call.cut_off(wire.UNAVAILABLE, "the server is about to stop")
+            call.cut_off(wire.UNAVAILABLE, reason)
         self._close_if_done()
-        if self._draining and not self._is_last_known:
+        if self._draining:
             self._settle()
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether all has been said, and only the client's farewell is missing."""
+        return self._transport.is_closing() and not self._transport.get_write_buffer_size()
 
     def close(self) -> None:
         """Send what is queued, and close."""
         self._flush()
-        self._transport.close()
+        if not self._transport.is_closing():  # to close twice would lose what asyncio's TLS still has to say
+            self._transport.close()
 
     def _close_if_done(self) -> None:
         has_unsent = self.engine.has_unsent and not self._is_cut_off

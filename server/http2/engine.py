@@ -1,6 +1,6 @@
 """The server's side of one HTTP/2 connection (RFC 9113), without any I/O: bytes in, calls of a `Sink`, bytes out.
 
-Why one of our own stands in docs/design.md, with figures. It is as much of
+Why one of our own stands in docs/transport.md, with figures. It is as much of
 HTTP/2 as gRPC needs: no push, no priorities, no upgrade. What it guards against:
 
 - A stream counts among the open ones until it is at its end, and until whoever
@@ -37,14 +37,14 @@ STREAM_WINDOW = 256 * 1024
 CONNECTION_WINDOW = 2**31 - 1
 """It is streams that are to be stopped, not the connection."""
 
-MAX_BLOCK_BYTES = 2 * 1024 * 1024
+MAX_BLOCK_BYTES = 256 * 1024
 """Of a block of headers, which has to be read to its end even if they are refused: later ones refer to it."""
 
 MAX_CONTINUATIONS = 256
 """Frames that a block may be cut into behind the first."""
 
 MAX_IDLE_FRAMES = 10_000
-"""Frames in a row that bring nothing forward: no call, and no data in or out."""
+"""Frames in a row that bring nothing forward: no call, and no data in or out; see `forgive`."""
 
 EVERY_STREAM = 2**31 - 1
 
@@ -78,6 +78,7 @@ class Stream:
         "end_block",
         "id",
         "is_released",
+        "lingers",
         "pending",
         "pending_bytes",
         "receive_window",
@@ -94,6 +95,7 @@ class Stream:
         self.pending_bytes = 0
         self.end_block: bytes | None = None  # trailers that go behind it; empty: the end, and no trailers
         self.is_released = False  # nobody works on it any more
+        self.lingers = False
         self.closed_here = False  # all has been sent
         self.closed_there = False  # nothing more comes
         self.user: Any = None
@@ -446,8 +448,9 @@ class Engine:
         self._blocked[stream.id] = stream
         self._send_waiting(stream)
 
-    def end(self, stream: Stream) -> None:
-        """End a stream behind its data, without trailers."""
+    def end(self, stream: Stream, *, lingers: bool = False) -> None:
+        """End a stream behind its data, without trailers; one that lingers takes what the client still sends."""
+        stream.lingers = lingers
         if stream.closed_here or stream.end_block is not None:
             return
         if stream.pending_bytes:
@@ -455,6 +458,13 @@ class Engine:
             return
         self._frame(_DATA, _END_STREAM, stream.id, b"")
         self._close_here(stream)
+
+    def drop_unsent(self, stream: Stream) -> None:
+        """Send nothing of what waits for the client's window, so that another end can follow at once."""
+        stream.pending.clear()
+        stream.pending_bytes = 0
+        stream.end_block = None
+        self._blocked.pop(stream.id, None)
 
     def reset(self, stream: Stream, code: int) -> None:
         """Give the stream up; after its end, this tells the client to send no more."""
@@ -471,7 +481,11 @@ class Engine:
     def consume(self, stream: Stream, size: int) -> None:
         """So many bytes of the stream were used: the client may send as many more."""
         stream.credit += size
-        if stream.credit >= STREAM_WINDOW // 2 and not stream.closed_there and not stream.closed_here:
+        if (
+            stream.credit >= STREAM_WINDOW // 2
+            and not stream.closed_there
+            and (stream.lingers or not stream.closed_here)
+        ):
             size = min(stream.credit, STREAM_WINDOW - stream.receive_window)  # never more than what came
             stream.credit = 0
             if size:
@@ -481,6 +495,10 @@ class Engine:
     def ping(self) -> None:
         """Ask the client whether it is there."""
         self._frame(_PING, 0, 0, bytes(8))
+
+    def forgive(self) -> None:
+        """Count frames that bring nothing forward anew: a quiet connection has some of them in a day, too."""
+        self._idle_frames = 0
 
     def goaway(self, last_stream: int, code: int = NO_ERROR, message: bytes = b"") -> None:
         """Tell the client that streams after this one are refused."""
@@ -531,7 +549,7 @@ class Engine:
         stream.closed_here = True
         if stream.closed_there:
             self._streams.pop(stream.id, None)
-        else:  # the client is to send no more
+        elif not stream.lingers:  # the client is to send no more
             self.reset(stream, NO_ERROR)
 
     def _drop(self, stream: Stream) -> None:

@@ -20,6 +20,7 @@ class Head:
     __slots__ = (
         "_metadata",
         "_wrong",
+        "accepted",
         "content_type",
         "encoding",
         "headers",
@@ -38,6 +39,8 @@ class Head:
         self.method = self.path = self.content_type = b""
         self.encoding = b"identity"
         """`grpc-encoding`."""
+        self.accepted: Sequence[bytes] = ()
+        """`grpc-accept-encoding`."""
         self.timeout: float | None = None
         """`grpc-timeout`, in seconds."""
         self._wrong: WireError | None = None
@@ -49,6 +52,7 @@ class Head:
 
     def _read(self) -> bool:
         pseudo: set[bytes] = set()
+        has_binary = False
         for position, (name, value) in enumerate(self.headers):
             if b"\n" in value or b"\r" in value or b"\0" in value:
                 return False
@@ -72,19 +76,24 @@ class Head:
                     self.timeout = wire.seconds_of(value)
                 except WireError as error:
                     self._wrong = error
+            elif name == b"grpc-accept-encoding":
+                self.accepted = value.replace(b" ", b"").split(b",")
+            elif name.endswith(b"-bin"):
+                has_binary = True
+        if has_binary:
+            try:
+                self._metadata = wire.metadata_of(self.headers)
+            except WireError as error:
+                self._wrong = error
         return {b":method", b":path", b":scheme"} <= pseudo
 
     @property
     def wrong(self) -> WireError | None:
         """What is wrong with them for gRPC; a new one each time, as one that is raised again keeps all its frames."""
-        return None if self._wrong is None else WireError(self._wrong.code, str(self._wrong))
+        return None if self._wrong is None else WireError(self._wrong.number, str(self._wrong))
 
     def metadata(self) -> Metadata:
-        """What the caller gave beside the protocol's own headers.
-
-        Raises:
-            WireError: INTERNAL, a value of a key that ends in `-bin` is no base64.
-        """
+        """What the caller gave beside the protocol's own headers; only where nothing is `wrong`."""
         if self._metadata is None:
             self._metadata = wire.metadata_of(self.headers)
         return self._metadata

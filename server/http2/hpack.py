@@ -28,7 +28,7 @@ MAX_LIST_BYTES = 64 * 1024
 MAX_COUNTED_BYTES = 4 * 1024 * 1024
 """Of all headers of a block. A byte can stand for an entry of the table, so that the block's own size is no bound."""
 
-MAX_CODED_BYTES = 256 * 1024
+MAX_CODED_BYTES = 64 * 1024
 """Of the strings in Huffman's code in a block, which take half a microsecond a byte."""
 
 ENTRY_OVERHEAD = 32
@@ -37,6 +37,8 @@ ENTRY_OVERHEAD = 32
 _STATIC: tuple[Header, ...] = tuple((bytes(name), bytes(value)) for name, value in HeaderTable.STATIC_TABLE)
 _CACHED_BLOCKS = 256
 _CACHED_BYTES = 1024  # of a block or a string; longer ones are rarely sent twice
+_CACHED_LIST_BYTES = 2048  # of all headers of a block, which may be short and say much
+_MAX_RESIZES = 2  # of the table in a block (RFC 7541, 4.2)
 
 Head = TypeVar("Head")
 
@@ -74,7 +76,7 @@ class Decoder(Generic[Head]):
         if (known := self._cache.get(block)) is not None:
             return known
         headers: list[Header] = []
-        position, end, size = 0, len(block), 0
+        position, end, size, resizes = 0, len(block), 0, 0
         self._coded = 0
         is_pure = True
         try:
@@ -91,8 +93,9 @@ class Decoder(Generic[Head]):
                     self._add(header)
                     is_pure = False
                 elif first & 0x20:  # a new size of the dynamic table
-                    if size:
-                        raise InvalidBlock("the size of the table changes within a block")
+                    resizes += 1
+                    if size or resizes > _MAX_RESIZES:
+                        raise InvalidBlock("the size of the table changes at the beginning of a block, at most twice")
                     limit, position = _prefixed(block, position, 0x1F)
                     if limit > MAX_TABLE_BYTES:
                         raise InvalidBlock(f"a table of {limit} bytes; {MAX_TABLE_BYTES} is the most")
@@ -112,7 +115,7 @@ class Decoder(Generic[Head]):
         head = self._make(headers, size)
         if not is_pure:
             self._cache.clear()
-        elif end <= _CACHED_BYTES and len(self._cache) < _CACHED_BLOCKS:
+        elif end <= _CACHED_BYTES and size <= _CACHED_LIST_BYTES and len(self._cache) < _CACHED_BLOCKS:
             self._cache[block] = head
         return head
 

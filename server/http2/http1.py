@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, cast
@@ -22,8 +23,9 @@ from typing import TYPE_CHECKING, cast
 import h11
 
 from server import limits
+from server.http2.connection import TOO_OLD, TURN_SECONDS
 from server.http2.peers import peer_of
-from server.http2.plain import Answer, Exchange, Request, Routes, broken, head_too_large
+from server.http2.plain import LINGER_SECONDS, Answer, Exchange, Request, Routes, broken, head_too_large
 
 if TYPE_CHECKING:
     from server.http2.server import Http2Server
@@ -32,9 +34,6 @@ logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = limits.KEEPALIVE_SECONDS
 SILENCE_SECONDS = limits.KEEPALIVE_TIMEOUT_SECONDS
-
-LINGER_SECONDS = 2.0
-"""How long what is left of a refused request is read and thrown away: to close at once could lose the answer."""
 
 MAX_AHEAD = 65536
 MAX_UNSENT = 65536
@@ -79,6 +78,8 @@ class Http1Connection(asyncio.Protocol):
         self._exchange: Exchange | None = None  # of the request that has begun and is not answered
         self._refusal: Answer | None = None  # sent once it is known whether the body is here already
         self._is_head = False
+        self._is_doubtful = False  # two lengths of the body are told (RFC 9112, 6.1)
+        self._is_body_long = False  # or of a length that is not told
         self._is_head_timed = False  # the clock runs for the head that comes in now
         self._body = bytearray()
         self._thrown_away = 0
@@ -107,8 +108,17 @@ class Http1Connection(asyncio.Protocol):
             self._ahead += len(data)
             if self._ahead > MAX_AHEAD:
                 self._transport.pause_reading()
-        else:
-            self._advance()
+            return
+        start = time.perf_counter()
+        self._advance()
+        if time.perf_counter() - start > TURN_SECONDS and not self._transport.is_closing():
+            # The event loop would read on, and work for this client alone.
+            self._transport.pause_reading()
+            self.server.loop.call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        if self._ahead <= MAX_AHEAD and not self._transport.is_closing():
+            self._transport.resume_reading()
 
     def eof_received(self) -> bool:
         return False  # whoever sends no more is gone
@@ -171,7 +181,7 @@ class Http1Connection(asyncio.Protocol):
         if self._refusal is not None:
             refusal, self._refusal = self._refusal, None
             # A client that was not asked for its body may send it or not, and a long one is not to be waited for.
-            self._send(refusal, closes=self._http.they_are_waiting_for_100_continue or refusal.status == 413)
+            self._send(refusal, closes=self._http.they_are_waiting_for_100_continue or self._is_body_long)
         elif self._http.they_are_waiting_for_100_continue:
             self._transport.write(
                 self._http.send(h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue"))
@@ -187,6 +197,10 @@ class Http1Connection(asyncio.Protocol):
             self._send(broken(505, f"HTTP/1.1 and 2 are spoken here, not {event.http_version.decode()}"), closes=True)
             return
         headers = list(event.headers)
+        names = {name: value for name, value in headers if name in (b"content-length", b"transfer-encoding")}
+        length = names.get(b"content-length")
+        self._is_body_long = length is None or int(length) > self._routes.max_message_bytes
+        self._is_doubtful = len(names) == 2
         size = len(event.target) + sum(len(name) + len(value) + 4 for name, value in headers)
         self._exchange = self._routes.begin(
             Request(event.method.decode("latin-1"), event.target.decode("latin-1"), headers, self._peer)
@@ -242,7 +256,7 @@ class Http1Connection(asyncio.Protocol):
         """Send an answer; make ready for the next request, or close."""
         self._forget()
         headers = list(answer.headers)
-        if closes or self._draining:
+        if closes or self._draining or self._is_doubtful:
             headers.append((b"connection", b"close"))
         http = self._http
         reason = _REASONS.get(answer.status, b"")
@@ -307,7 +321,7 @@ class Http1Connection(asyncio.Protocol):
 
     def _grow_old(self) -> None:
         self.drain()
-        self._later("age", self.server.max_connection_age_grace, self.cancel_calls)
+        self._later("age", self.server.max_connection_age_grace, lambda: self.cancel_calls(TOO_OLD))
 
     def drain(self) -> None:
         """Close behind the answer to the request that is under way; at once if there is none."""
@@ -315,12 +329,12 @@ class Http1Connection(asyncio.Protocol):
         if self._http.their_state is h11.IDLE and not self._http.trailing_data[0]:
             self.close()
 
-    def cancel_calls(self) -> None:
-        """End the request that is under way."""
+    def cancel_calls(self, reason: str) -> None:
+        """End the request that is under way; the reason is what it is told."""
         for work in self.calls:
             if not work.is_cut_off and not self._closing:
                 work.is_cut_off = True
-                self._send(work.exchange.cut_off(), closes=True)
+                self._send(work.exchange.cut_off(reason), closes=True)
                 work.task.cancel()
         if not self._closing:
             self.close()
@@ -335,8 +349,14 @@ class Http1Connection(asyncio.Protocol):
         self._watch_reader()
         self._later("input", LINGER_SECONDS, self.close)
 
+    @property
+    def is_leaving(self) -> bool:
+        """Whether all has been said, and only the client's farewell is missing."""
+        return self._transport.is_closing() and not self._transport.get_write_buffer_size()
+
     def close(self) -> None:
         """Send what is queued, and close."""
         self._closing = True
-        self._transport.close()
+        if not self._transport.is_closing():  # to close twice would lose what asyncio's TLS still has to say
+            self._transport.close()
         self._later("reader", SILENCE_SECONDS, self._transport.abort)

@@ -18,6 +18,18 @@ class Begun(Hashable, Protocol):
     stream: Stream
     over: bool
 
+    def feed(self, data: bytes) -> None:
+        """Bytes of what the client sends."""
+
+    def feed_end(self) -> None:
+        """The client sends no more."""
+
+    def abandon(self) -> None:
+        """Nobody waits for the answer any more."""
+
+    def cut_off(self, code: int, message: str) -> None:
+        """End the call from outside, with a status of gRPC."""
+
 
 class Link(Protocol):
     """The connection of a call."""
@@ -34,6 +46,9 @@ class Link(Protocol):
 
     def call_ended(self, call: Begun) -> None:
         """Nothing more is done for it."""
+
+    def sent(self, call: Begun) -> asyncio.Future[None] | None:
+        """What to wait for before all of an answer is sent; None if it is."""
 
     def room_for(self, call: Begun) -> asyncio.Future[None] | None:
         """What to wait for before more is written; None if nothing."""

@@ -10,4 +10,5 @@ def peer_of(address: Any) -> str:
     if not isinstance(address, tuple):
         return "unknown"
     host, port = address[:2]
-    return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
+    host = host.removeprefix("::ffff:")  # a caller over IPv4, at a socket for both
+    return f"ipv6:%5B{host}%5D:{port}" if ":" in host else f"ipv4:{host}:{port}"

@@ -61,6 +61,9 @@ HTTP_STATUSES = {
 }
 """As `google/rpc/code.proto` maps them."""
 
+LINGER_SECONDS = 2.0
+"""How long what is left of a refused request is read and thrown away: to close at once could lose the answer."""
+
 JSON_MARGIN = 2
 """A body of JSON has up to this times the bytes of its images: base64 takes four for three."""
 
@@ -275,9 +278,18 @@ class Exchange:
         self.abandon()
         return self._failed(InvalidArgument("body", f"a body here has at most {self.body_limit} bytes"), 413)
 
-    def cut_off(self) -> Answer:
-        """The answer to a request that is still under way when the server ends."""
-        return self._failed(NotServing("the server is about to stop"))
+    def wrong_length(self, size: int) -> Answer | None:
+        """The answer to a whole body of so many bytes, if its head announced another number (RFC 9113, 8.1.1)."""
+        told = self._request.value(b"content-length")
+        if not told or (told.isdecimal() and int(told[:20]) == size):
+            return None
+        self.abandon()
+        message = f"a body of {told[:20]} bytes was announced, {size} came"
+        return self._failed(InvalidArgument("content-length", message))
+
+    def cut_off(self, reason: str) -> Answer:
+        """The answer to a request that is still under way when the server or the connection ends."""
+        return self._failed(NotServing(reason))
 
     def abandon(self) -> None:
         """The body will never be whole."""
@@ -340,9 +352,9 @@ class Exchange:
             raise InvalidArgument("body", f"a request carries at most {self._routes.service.max_images} images")
         try:
             return json_format.Parse(body.decode(), pb.ClassifyRequest())
-        except (json_format.ParseError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (json_format.ParseError, ValueError, TypeError, AttributeError, RecursionError, SystemError) as error:
             name = pb.ClassifyRequest.DESCRIPTOR.full_name
-            raise InvalidArgument("body", f"no {name} in JSON: {' '.join(str(error).split())[:MAX_TOLD]}") from error
+            raise InvalidArgument("body", f"no {name} in JSON: {_told(error)}") from error
 
     async def _written(self, response: pb.ClassifyResponse) -> bytes:
         if len(response.digits) <= INLINE_IMAGES:
@@ -377,6 +389,17 @@ class Exchange:
                 message=str(told) if told else "",
                 incident_id=told.incident_id if told else "",
             )
+
+
+def _told(error: Exception) -> str:
+    """What the JSON parser says, without what Python says of a value of another type."""
+    text = str(error)
+    cause: BaseException | None = error
+    while cause is not None:
+        if not isinstance(cause, json_format.Error | ValueError | RecursionError):
+            text = text.replace(str(cause), "a value of a wrong type").replace(f"{type(cause).__name__}: ", "")
+        cause = cause.__cause__ or cause.__context__
+    return " ".join(text.split())[:MAX_TOLD].encode("utf-8", "replace").decode()  # JSON can write what UTF-8 cannot
 
 
 def retry_after(seconds: float) -> bytes:

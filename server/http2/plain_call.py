@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 
 from server import limits
-from server.http2.engine import CANCEL, INTERNAL_ERROR, Stream
+from server.http2.engine import CANCEL, INTERNAL_ERROR, NO_ERROR, Stream
 from server.http2.head import Head
 from server.http2.hpack import encode
 from server.http2.link import Link
-from server.http2.plain import Answer, Request, Routes, head_too_large
+from server.http2.plain import LINGER_SECONDS, Answer, Request, Routes, head_too_large
 
 logger = logging.getLogger(__name__)
+
+MAX_THROWN_AWAY = 16 * 1024 * 1024
+"""Bytes of a body that are read although the answer does not need them."""
 
 PIECE = 65536
 """Bytes of an answer that are queued at once; more follow as the client takes them."""
@@ -29,6 +33,9 @@ class PlainCall:
         self._is_answered = False
         self._is_head = head.method == b"HEAD"
         self._body = bytearray()
+        self._thrown_away = 0
+        self._rest = link.server.loop.create_future()
+        """The end of what a client sends that has its answer already."""
         self._whole: asyncio.Future[Answer | None] = link.server.loop.create_future()
         """The end of the body; with an answer, if that is not needed."""
         headers = [(name, value) for name, value in head.headers if name[:1] != b":"]
@@ -41,7 +48,7 @@ class PlainCall:
         elif (refusal := self._exchange.refusal) is not None:
             self._whole.set_result(refusal)
         elif stream.closed_there:
-            self._whole.set_result(None)
+            self._whole.set_result(self._exchange.wrong_length(0))
         self.task = link.server.loop.create_task(self._run())
         self.task.add_done_callback(self._ended)
 
@@ -50,19 +57,33 @@ class PlainCall:
     def feed(self, data: bytes) -> None:
         """Bytes of the body."""
         if self._whole.done():
+            self._throw_away(len(data))
             return
         self._body += data
         if len(self._body) > self._exchange.body_limit:
             self._body.clear()
             self._whole.set_result(self._exchange.too_large())
-            return
         self._link.engine.consume(self.stream, len(data))
         self._link.flush_soon()
+
+    def _throw_away(self, size: int) -> None:
+        """Take what is sent after the answer: clients take an end before their own for a fault, and show no answer."""
+        self._thrown_away += size
+        if self._thrown_away <= MAX_THROWN_AWAY:
+            self._link.engine.consume(self.stream, size)
+            self._link.flush_soon()
+        else:
+            self._end_rest()
+
+    def _end_rest(self) -> None:
+        if not self._rest.done():
+            self._rest.set_result(None)
 
     def feed_end(self) -> None:
         """The body is whole."""
         if not self._whole.done():
-            self._whole.set_result(None)
+            self._whole.set_result(self._exchange.wrong_length(len(self._body)))
+        self._end_rest()
 
     def abandon(self) -> None:
         """Nobody waits for the answer any more."""
@@ -77,7 +98,7 @@ class PlainCall:
         if self._is_answered:
             self._link.engine.reset(self.stream, CANCEL)
         else:
-            answer = self._exchange.cut_off()
+            answer = self._exchange.cut_off(message)
             self._begin(answer)
             if not self._is_head:
                 self._link.engine.send_data(self.stream, answer.body)
@@ -98,8 +119,14 @@ class PlainCall:
                 self._link.flush_soon()
                 while (room := self._link.room_for(self)) is not None:
                     await room
-        engine.end(stream)
+        engine.end(stream, lingers=True)
         self._link.flush_soon()
+        if not stream.closed_there:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LINGER_SECONDS):
+                    await self._rest
+            engine.reset(stream, NO_ERROR)
+            self._link.flush_soon()
 
     def _begin(self, answer: Answer) -> None:
         self._is_answered = True

@@ -28,6 +28,12 @@ BACKLOG = 1024
 """Connections that the kernel keeps until they are accepted."""
 
 
+FAREWELL_SECONDS = 0.5
+"""How long a stop waits for clients that have got everything and do not close."""
+
+STOPPING = "the server is about to stop"
+
+
 class Http2Server:
     """Listens from `start`, ends with `stop`."""
 
@@ -54,13 +60,14 @@ class Http2Server:
         self.routes: Routes | None = None
         """What answers plain HTTP."""
         self.max_message_bytes = max_message_bytes
+        self.is_stopping = False
         self._max_connection_age = max_connection_age
         self.max_connection_age_grace = max_connection_age_grace
         self._shares_port = shares_port
         self._handlers: list[grpc.GenericRpcHandler] = []
         self._sockets: list[tuple[socket.socket, ssl.SSLContext | None]] = []
         self._listening: list[asyncio.Server] = []
-        self._all_gone = asyncio.Event()
+        self._one_gone = asyncio.Event()
         find: FindHandler = self._find
         for interceptor in reversed(interceptors):
             find = functools.partial(interceptor.intercept_service, find)
@@ -126,6 +133,7 @@ class Http2Server:
 
     async def stop(self, grace: float | None = None) -> None:
         """Accept no more connections and calls; wait for those that go on, for up to `grace` seconds; end the rest."""
+        self.is_stopping = True
         for listening in self._listening:
             listening.close()
         for connection in list(self.connections):
@@ -134,7 +142,7 @@ class Http2Server:
             async with asyncio.timeout(grace or 0):
                 await self._wait_until_gone()
         for connection in list(self.connections):
-            connection.cancel_calls()
+            connection.cancel_calls(STOPPING)
         tasks = [call.task for connection in self.connections for call in connection.calls]
         if tasks:
             await asyncio.wait(tasks)
@@ -143,13 +151,23 @@ class Http2Server:
         self._listening.clear()
 
     async def _wait_until_gone(self) -> None:
+        """Or only wait for a farewell, which under TLS they do for as long as the client likes."""
+        said_all: float | None = None
         while self.connections:
-            self._all_gone.clear()
-            await self._all_gone.wait()
+            if not all(connection.is_leaving for connection in self.connections):
+                said_all = None
+            elif said_all is None:
+                said_all = self.loop.time()
+            elif self.loop.time() - said_all > FAREWELL_SECONDS:
+                return
+            self._one_gone.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FAREWELL_SECONDS / 10):
+                    await self._one_gone.wait()
 
     def connection_lost(self) -> None:
         """A connection is gone."""
-        self._all_gone.set()
+        self._one_gone.set()
 
     def other_protocol(self, transport: asyncio.Transport, data: bytes) -> None:
         """Bytes that do not begin as HTTP/2 does."""

@@ -14,6 +14,8 @@ import zlib
 from collections.abc import Iterable
 from typing import TypeAlias
 
+from server.errors import ServiceError
+
 Header: TypeAlias = tuple[bytes, bytes]
 Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
 
@@ -28,11 +30,20 @@ OK, CANCELLED, UNKNOWN, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED, IN
     14,
 )
 
+_NAMES = {
+    RESOURCE_EXHAUSTED: "RESOURCE_EXHAUSTED",
+    UNIMPLEMENTED: "UNIMPLEMENTED",
+    INTERNAL: "INTERNAL",
+}
+
 PREFIX_BYTES = 5
 """Before each message: whether it is compressed, and its length."""
 
 ACCEPTED_ENCODINGS = b"identity,deflate,gzip"
 """Without spaces, as the specification has it: Node's client takes them for parts of the names."""
+
+MAX_BINARY_VALUES = 128
+"""Of all metadata of a call whose keys end in `-bin`."""
 
 _PREFIX = struct.Struct(">BI")
 _TIMEOUT = re.compile(rb"([0-9]{1,8})([HMSmun])")
@@ -54,14 +65,20 @@ _OURS = {
 """Headers of the protocol itself, which are no metadata."""
 
 
-class WireError(Exception):
-    """What came breaks the protocol or a limit: `code` is the number of the status that says so."""
+class WireError(ServiceError):
+    """What came breaks the protocol or a limit."""
 
-    def __init__(self, code: int, message: str) -> None:
+    def __init__(self, number: int, message: str) -> None:
+        """`number` is RESOURCE_EXHAUSTED, UNIMPLEMENTED or INTERNAL."""
         super().__init__(message)
-        self.code = code
+        self.number = number
+        self.code = _NAMES[number]
         self.messages: list[bytes] = []
         """Of `Deframer.feed`: those that came whole before what is wrong."""
+
+
+class Packed(bytes):
+    """A message that is still compressed."""
 
 
 class Deframer:
@@ -88,7 +105,7 @@ class Deframer:
         return len(self._buffer)
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Return the messages that are whole with these bytes.
+        """Return the messages that are whole with these bytes, each for `opened`.
 
         Raises:
             WireError: RESOURCE_EXHAUSTED for a message over the limit, as soon as
@@ -99,7 +116,7 @@ class Deframer:
         if not buffer and len(data) >= PREFIX_BYTES:  # one whole message, as nearly always
             compressed, length = _PREFIX.unpack_from(data)
             if len(data) == PREFIX_BYTES + length and length <= self._limit:
-                return [self._opened(compressed, data[PREFIX_BYTES:])]
+                return [self._checked(compressed, data[PREFIX_BYTES:])]
         buffer += data
         messages: list[bytes] = []
         start, end = 0, len(buffer)
@@ -111,7 +128,7 @@ class Deframer:
                 stop = start + PREFIX_BYTES + length
                 if stop > end:
                     break
-                messages.append(self._opened(compressed, bytes(buffer[start + PREFIX_BYTES : stop])))
+                messages.append(self._checked(compressed, bytes(buffer[start + PREFIX_BYTES : stop])))
                 start = stop
         except WireError as error:
             error.messages = messages
@@ -130,14 +147,22 @@ class Deframer:
         if self._buffer:
             raise WireError(INTERNAL, f"the stream ended within a message, after {len(self._buffer)} bytes of it")
 
-    def _opened(self, compressed: int, content: bytes) -> bytes:
+    def opened(self, message: bytes) -> bytes:
+        """What a message says. Only for one that is wanted now: a thousandth of its bytes may have come.
+
+        Raises:
+            WireError: RESOURCE_EXHAUSTED, it is over the limit; INTERNAL, it is not what it says.
+        """
+        return self._inflated(message) if type(message) is Packed else message
+
+    def _checked(self, compressed: int, content: bytes) -> bytes:
         if not compressed:
             return content
         if compressed != 1:
             raise WireError(INTERNAL, f"a message begins with 0 or 1 (compressed), not {compressed}")
         if self._encoding == b"identity":
             raise WireError(INTERNAL, "a message is marked as compressed, and the call has no grpc-encoding")
-        return self._inflated(content)
+        return Packed(content)
 
     def _inflated(self, content: bytes) -> bytes:
         """Never more than the limit, whatever the content says."""
@@ -187,14 +212,19 @@ def metadata_of(headers: Iterable[Header]) -> tuple[tuple[str, str | bytes], ...
     Values of keys that end in `-bin` are bytes, and so are those that are no UTF-8.
 
     Raises:
-        WireError: INTERNAL, a value of such a key is no base64.
+        WireError: INTERNAL, a value of such a key is no base64; RESOURCE_EXHAUSTED, there are
+            more than `MAX_BINARY_VALUES` of them, which a few bytes of commas can stand for.
     """
     metadata: list[tuple[str, str | bytes]] = []
+    binary = 0
     for name, value in headers:
         if name in _OURS:
             continue
         key = name.decode("ascii", "replace")
         if name.endswith(b"-bin"):
+            binary += 1 + value.count(b",")
+            if binary > MAX_BINARY_VALUES:
+                raise WireError(RESOURCE_EXHAUSTED, f"a call has at most {MAX_BINARY_VALUES} values of binary metadata")
             metadata += [(key, _decoded(key, part.strip())) for part in value.split(b",")]
             continue
         try:

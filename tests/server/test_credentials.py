@@ -477,6 +477,40 @@ async def test_a_new_client_ca_decides_who_is_let_in_from_then_on(
         await check_kept_out(address, authority)
 
 
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_a_session_is_no_way_around_a_new_client_ca(
+    version: ssl.TLSVersion, authority: Authority, stranger: Authority, tmp_path: Path
+) -> None:
+    """A client that resumes a session shows no certificate again."""
+    client_ca = tmp_path / "clients.pem"
+    client_ca.write_bytes(authority.pem)
+    pair, first = authority.issue(tmp_path / "tls"), authority.issue(tmp_path / "client")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = context.maximum_version = version
+    context.load_verify_locations(cadata=authority.pem.decode())
+    context.load_cert_chain(first.cert, first.key)
+    context.set_alpn_protocols(["h2"])
+
+    def connect(address: str, session: ssl.SSLSession | None = None) -> ssl.SSLSession | None:
+        """The session of a new connection on which the server says something, or OSError."""
+        host, port = address.rsplit(":", 1)
+        with (
+            socket.create_connection((host, int(port)), timeout=TIMEOUT) as plain,
+            context.wrap_socket(plain, server_hostname="localhost", session=session) as connection,
+        ):
+            connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0")
+            if not connection.recv(100):
+                raise ConnectionError("closed")
+            return connection.session
+
+    async with server_of(pair.settings(tls_client_ca=str(client_ca))) as address:
+        session = await asyncio.to_thread(connect, address)
+        client_ca.write_bytes(stranger.pem)
+        for old in (None, session):
+            with pytest.raises((ssl.SSLError, ConnectionError)):
+                await asyncio.to_thread(connect, address, old)
+
+
 async def test_handshakes_while_the_pair_changes_all_succeed_with_one_of_the_two(
     authority: Authority, tmp_path: Path
 ) -> None:

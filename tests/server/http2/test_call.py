@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import logging
 import struct
+import unittest.mock
+import urllib.parse
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,6 +16,7 @@ import hpack
 import numpy as np
 import numpy.typing as npt
 import pytest
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 from protos.mnist.v1 import digit_classifier_pb2_grpc as pb_grpc
@@ -20,9 +24,11 @@ from server.app import DigitServer
 from server.http2 import wire
 from server.http2.connection import Connection
 from server.http2.engine import CANCEL
+from server.http2.peers import peer_of
 from server.limits import MAX_STREAMS
 from server.service import CLASSIFY, STREAM_CLASSIFY
 from server.settings import Settings
+from server.stream import MergedFrames
 from tests.server.http2.peer import ACK, DATA, END_HEADERS, END_STREAM, HEADERS, PING, SETTINGS, WINDOW_UPDATE, frame
 from tests.server.http2.peer import RST_STREAM as RESET
 
@@ -119,7 +125,10 @@ async def test_a_compressed_request_gets_a_compressed_answer(server: DigitServer
     client = await RawClient.to(server)
     request = pb.ClassifyRequest(pixels=pixels.tobytes() * 5).SerializeToString()
     message = wire.framed(request, b"gzip")
-    client.send(client.head(1, CLASSIFY, ("grpc-encoding", "gzip")), frame(DATA, END_STREAM, 1, message))
+    client.send(
+        client.head(1, CLASSIFY, ("grpc-encoding", "gzip"), ("grpc-accept-encoding", "deflate, gzip")),
+        frame(DATA, END_STREAM, 1, message),
+    )
     frames = await client.frames_until(HEADERS, END_STREAM)
     head: Any = dict(client.decoder.decode(next(content for kind, _, _, content in frames if kind == HEADERS)))
     assert head["grpc-encoding"] == "gzip"
@@ -158,14 +167,23 @@ async def test_a_deadline_ends_a_call_whose_message_never_comes(server: DigitSer
     client.close()
 
 
-@pytest.mark.parametrize("messages", [0, 2])
-async def test_a_unary_call_takes_one_message(messages: int, server: DigitServer, golden: Golden) -> None:
+async def test_a_unary_call_needs_a_message(server: DigitServer) -> None:
     client = await RawClient.to(server)
-    message = wire.framed(pb.ClassifyRequest(pixels=golden[0][0].tobytes()).SerializeToString())
-    client.send(client.head(1, CLASSIFY), frame(DATA, END_STREAM, 1, message * messages))
+    client.send(client.head(1, CLASSIFY), frame(DATA, END_STREAM, 1))
     status = await client.status()
     assert status["grpc-status"] == "12"
-    assert "exactly one message" in status["grpc-message"]
+    assert "takes one message, none came" in status["grpc-message"]
+    client.close()
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_a_unary_call_answers_its_first_message_however_many_come(
+    at_once: bool, server: DigitServer, golden: Golden
+) -> None:
+    client = await RawClient.to(server)
+    message = wire.framed(pb.ClassifyRequest(pixels=golden[0][0].tobytes()).SerializeToString())
+    client.send(client.head(1, CLASSIFY), frame(DATA, 0, 1, message * (2 if at_once else 1)))
+    assert (await client.status())["grpc-status"] == "0"
     client.close()
 
 
@@ -177,6 +195,180 @@ async def test_a_message_that_is_too_long_is_refused_before_it_comes(server: Dig
     assert "larger%20than%20max" in status["grpc-message"] or "larger than max" in status["grpc-message"]
     assert (await client.frames_until(RESET))[-1][2] == 1, "the client is told to send no more"
     client.close()
+
+
+BROKEN_MESSAGES = {
+    "too long": (struct.pack(">BI", 0, 1 << 30), "8", "larger than max"),
+    "a bomb": (wire.framed(bytes(10 << 20), b"gzip"), "8", "larger than max"),
+    "a wrong flag": (struct.pack(">BI", 7, 3) + b"abc", "13", "begins with 0 or 1"),
+    "no gzip": (struct.pack(">BI", 1, 3) + b"abc", "13", "is no gzip"),
+    "cut off": (struct.pack(">BI", 0, 30) + b"abc", "13", "ended within a message"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_MESSAGES)
+@pytest.mark.parametrize("method", [STREAM_CLASSIFY, "inference.GRPCInferenceService/ModelStreamInfer"])
+async def test_what_is_no_message_ends_a_stream_with_a_sentence_behind_the_answers_before_it(
+    method: str, name: str, server: DigitServer, golden: Golden, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken, status, words = BROKEN_MESSAGES[name]
+    client = await RawClient.to(server)
+    good = b""
+    if method == STREAM_CLASSIFY:
+        frames = pb.ClassifyRequest(pixels=golden[0][0].tobytes())
+        good = wire.framed(pb.StreamClassifyRequest(first_sequence=3, frames=frames).SerializeToString())
+    client.send(client.head(1, method, ("grpc-encoding", "gzip")), frame(DATA, END_STREAM, 1, good + broken))
+    sent = await client.frames_until(HEADERS, END_STREAM)
+    trailers: Any = {}
+    for kind, _, _, content in sent:
+        if kind == HEADERS:
+            trailers = dict(client.decoder.decode(content))
+    assert trailers["grpc-status"] == status
+    assert words in urllib.parse.unquote(trailers["grpc-message"])
+    answers = b"".join(content for kind, _, _, content in sent if kind == DATA)
+    if good:
+        (block,) = pb.StreamClassifyResponse.FromString(answers[wire.PREFIX_BYTES :]).blocks
+        assert (block.first_sequence, list(block.result.digits)) == (3, golden[1][:1])
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING], "it is the caller's fault"
+    client.close()
+
+
+async def test_messages_that_wait_take_no_more_memory_than_came_of_them(
+    server: DigitServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that does not read answers, and whose messages say a thousand times what they weigh."""
+    opened = 0
+    real = wire.Deframer.opened
+
+    def count(deframer: wire.Deframer, message: bytes) -> bytes:
+        nonlocal opened
+        opened += 1
+        return real(deframer, message)
+
+    monkeypatch.setattr(wire.Deframer, "opened", count)
+    client = await RawClient.to(server, window=0)
+    client.send(client.head(1, STREAM_CLASSIFY, ("grpc-encoding", "gzip")))
+    frames = pb.ClassifyRequest(pixels=bytes(1000 * 784), include_logits=True)  # answers of more than is written ahead
+    message = wire.framed(pb.StreamClassifyRequest(frames=frames).SerializeToString(), b"gzip")
+    assert len(message) < 2000
+    client.send(frame(DATA, 0, 1, message * 15), frame(DATA, 0, 1, message * 15))
+    number = 3
+    for _ in range(30):  # calls by which time passes
+        client.send(client.head(number, "mnist.v1.DigitClassifier/Nothing"), frame(DATA, END_STREAM, number, b""))
+        await client.status()
+        number += 2
+    assert 1 <= opened <= 4, "what is answered, what waits for the window, and what is read ahead"
+    client.close()
+
+
+async def test_empty_messages_are_bounded_by_the_window_too(server: DigitServer) -> None:
+    client = await RawClient.to(server, window=0)
+    client.send(client.head(1, STREAM_CLASSIFY))
+    client.send(*[frame(DATA, 0, 1, wire.framed(b"") * 3000)] * 3)
+    client.send(frame(PING, 0, 0, bytes(8)))
+    given = [it for it in await client.frames_until(PING, ACK) if it[0] == WINDOW_UPDATE and it[2] == 1]
+    assert not given
+    client.send(frame(WINDOW_UPDATE, 0, 1, (1 << 24).to_bytes(4)), frame(DATA, END_STREAM, 1, b""))
+    answered = b"".join(it[3] for it in await client.frames_until(HEADERS, END_STREAM) if it[0] == DATA)
+    blocks = 0
+    while answered:
+        length = int.from_bytes(answered[1:5])
+        blocks += len(pb.StreamClassifyResponse.FromString(answered[5 : 5 + length]).blocks)
+        answered = answered[5 + length :]
+    assert blocks == 9000
+    client.close()
+
+
+async def test_a_deadline_also_ends_a_call_whose_answer_nobody_takes(server: DigitServer, golden: Golden) -> None:
+    client = await RawClient.to(server, window=0)
+    message = wire.framed(pb.ClassifyRequest(pixels=golden[0][0].tobytes()).SerializeToString())
+    client.send(client.head(1, CLASSIFY, ("grpc-timeout", "200m")), frame(DATA, END_STREAM, 1, message))
+    head: Any = dict(client.decoder.decode((await client.frames_until(HEADERS))[-1][3]))
+    assert head[":status"] == "200"
+    assert "grpc-status" not in head
+    assert (await client.status())["grpc-status"] == "4"
+    client.close()
+
+
+@pytest.mark.parametrize("accepted", ["identity", "", "deflate,br"])
+async def test_answers_are_compressed_only_for_those_who_say_that_they_take_it(
+    accepted: str, server: DigitServer, golden: Golden
+) -> None:
+    client = await RawClient.to(server)
+    message = wire.framed(pb.ClassifyRequest(pixels=golden[0].tobytes() * 5).SerializeToString(), b"gzip")
+    head = client.head(1, CLASSIFY, ("grpc-encoding", "gzip"), ("grpc-accept-encoding", accepted))
+    client.send(head, frame(DATA, END_STREAM, 1, message))
+    content = b"".join(it[3] for it in await client.frames_until(HEADERS, END_STREAM) if it[0] == DATA)
+    assert content[0] == 0
+    assert list(pb.ClassifyResponse.FromString(content[wire.PREFIX_BYTES :]).digits) == golden[1] * 5
+    client.close()
+
+
+@pytest.mark.parametrize("level", [logging.INFO, logging.DEBUG])
+async def test_metadata_that_is_no_base64_ends_a_call_whatever_is_logged(
+    level: int, server: DigitServer, golden: Golden, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(level, "server")
+    client = await RawClient.to(server)
+    message = wire.framed(pb.ClassifyRequest(pixels=golden[0][0].tobytes()).SerializeToString())
+    client.send(client.head(1, CLASSIFY, ("key-bin", "***")), frame(DATA, END_STREAM, 1, message))
+    status = await client.status()
+    assert (status["grpc-status"], status["grpc-message"]) == ("13", "the metadata key-bin is no base64")
+    client.close()
+
+
+async def test_a_reflection_that_is_left_leaves_nothing_behind(server: DigitServer) -> None:
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)  # type: ignore[arg-type]
+        for _ in range(3):
+            call = stub.ServerReflectionInfo(timeout=TIMEOUT)
+            await call.write(request)
+            assert (await call.read()).list_services_response.service
+            call.cancel()
+        (connection,) = server._server.connections  # type: ignore[attr-defined]
+        tasks = [call.task for call in connection.calls]
+        if tasks:
+            await asyncio.wait(tasks, timeout=TIMEOUT)
+    # `no_stray_errors` tells of tasks that were left.
+
+
+async def test_work_that_takes_long_lets_others_have_a_turn(
+    server: DigitServer, golden: Golden, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.http2.connection.TURN_SECONDS", -1.0)  # whatever comes
+    client = await RawClient.to(server)
+    message = wire.framed(pb.ClassifyRequest(pixels=golden[0][0].tobytes()).SerializeToString())
+    for number in range(1, 41, 2):
+        client.send(client.head(number, CLASSIFY), *(frame(DATA, 0, number, message[i : i + 1]) for i in range(50)))
+        client.send(frame(DATA, END_STREAM, number, message[50:]))
+    for _ in range(20):
+        assert (await client.status())["grpc-status"] == "0"
+    client.close()
+
+
+async def test_a_connection_that_begins_while_the_server_stops_is_closed(server: DigitServer) -> None:
+    connection = Connection(server._server)  # type: ignore[arg-type]
+    server._server.is_stopping = True  # type: ignore[attr-defined]
+    transport = unittest.mock.Mock(asyncio.Transport)
+    transport.get_extra_info.return_value = ("127.0.0.1", 5)
+    transport.is_closing.return_value = False
+    connection.connection_made(transport)
+    transport.close.assert_called_once_with()
+    connection.connection_lost(None)
+
+
+@pytest.mark.parametrize(
+    ("address", "peer"),
+    [
+        (("127.0.0.1", 50324), "ipv4:127.0.0.1:50324"),
+        (("::ffff:127.0.0.1", 50324, 0, 0), "ipv4:127.0.0.1:50324"),
+        (("::1", 50324, 0, 0), "ipv6:%5B::1%5D:50324"),
+        ("", "unknown"),
+    ],
+)
+def test_a_peer_is_written_as_grpc_does(address: Any, peer: str) -> None:
+    assert peer_of(address) == peer
 
 
 async def test_streams_that_are_reset_at_once_leave_nothing_behind(server: DigitServer, golden: Golden) -> None:
@@ -229,6 +421,66 @@ async def test_a_stream_whose_answers_nobody_reads_stops_its_sender(server: Digi
         answered = answered[5 + length :]
     assert blocks == sent // len(message)
     client.close()
+
+
+def frames(first: int, count: int, *, latest_only: bool = False) -> pb.StreamClassifyRequest:
+    images = pb.ClassifyRequest(pixels=bytes(784 * count))
+    return pb.StreamClassifyRequest(first_sequence=first, frames=images, latest_only=latest_only)
+
+
+async def merged(requests: list[pb.StreamClassifyRequest], max_rows: int) -> list[tuple[int, int]]:
+    """The first number and the frames of each message that comes of these, which are there at once."""
+    there = [requests, []]
+
+    async def read_ready() -> list[pb.StreamClassifyRequest]:
+        return there.pop(0)
+
+    read = MergedFrames(read_ready, max_rows)
+    found = []
+    while (request := await read()) is not None:
+        found.append((request.first_sequence, len(request.frames.pixels) // 784))
+    return found
+
+
+async def test_merged_messages_have_no_more_frames_than_the_server_takes() -> None:
+    requests = [frames(number, 1) for number in range(10)]
+    assert await merged(requests, 4) == [(0, 4), (4, 4), (8, 2)]
+    assert await merged([frames(0, 7), frames(7, 1)], 4) == [(0, 7), (7, 1)], "what comes as one stays one"
+
+
+async def test_nothing_is_merged_after_a_message_that_asks_for_the_latest_only() -> None:
+    requests = [frames(0, 1), frames(1, 1), frames(2, 1, latest_only=True), frames(3, 1), frames(4, 1)]
+    assert await merged(requests, 256) == [(0, 2), (2, 1), (3, 1), (4, 1)]
+
+
+@pytest.mark.parametrize("limits", [{"stream_window": 8}, {"stream_window": 16, "max_queue_size": 16}])
+async def test_frames_that_come_together_are_answered_whatever_the_limits_are(
+    limits: dict[str, Any], golden: Golden
+) -> None:
+    running = DigitServer(Settings(port=0, transport="asgi", max_batch_size=8, **limits))
+    await running.start()
+    await running.load()
+    client = await RawClient.to(running)
+    messages = b"".join(
+        wire.framed(
+            pb.StreamClassifyRequest(
+                first_sequence=number, frames=pb.ClassifyRequest(pixels=golden[0][number % 20].tobytes())
+            ).SerializeToString()
+        )
+        for number in range(60)
+    )
+    client.send(client.head(1, STREAM_CLASSIFY), frame(DATA, END_STREAM, 1, messages))
+    answered = b"".join(it[3] for it in await client.frames_until(HEADERS, END_STREAM) if it[0] == DATA)
+    digits: list[int] = []
+    while answered:
+        length = int.from_bytes(answered[1:5])
+        for block in pb.StreamClassifyResponse.FromString(answered[5 : 5 + length]).blocks:
+            assert block.first_sequence == len(digits)
+            digits += block.result.digits
+        answered = answered[5 + length :]
+    assert digits == golden[1] * 3
+    client.close()
+    await running.stop(grace=0)
 
 
 async def test_frames_that_come_together_are_answered_in_order_whoever_is_beside_them(

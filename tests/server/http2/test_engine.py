@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from server.http2.engine import (
     CANCEL,
     EVERY_STREAM,
+    MAX_IDLE_FRAMES,
     NO_ERROR,
     PROTOCOL_ERROR,
     REFUSED_STREAM,
@@ -405,6 +406,46 @@ def test_an_answer_before_the_end_of_the_request_has_the_client_send_no_more() -
     assert pair.events[-1].error_code == NO_ERROR  # type: ignore[attr-defined]
     assert pair.server.take(frame(DATA, END_STREAM, number, b"late")) == []
     assert not pair.server.ended_streams
+
+
+def test_a_stream_that_lingers_takes_what_still_comes() -> None:
+    pair = Pair()
+    number = pair.open()
+    pair.send(number, b"some", ends=False)
+    pair.exchange()
+    stream = pair.server.streams[number]
+    pair.engine.send_headers(stream, ANSWER_BLOCK)
+    pair.engine.end(stream, lingers=True)
+    pair.exchange()
+    assert number not in pair.ends
+    pair.send(number, text(STREAM_WINDOW))
+    pair.exchange()
+    assert pair.server.bodies[number] == b"some" + text(STREAM_WINDOW)
+    assert pair.server.ended_streams == [number]
+    assert not pair.engine._streams
+
+
+def test_what_waits_for_the_window_can_be_dropped_for_another_end() -> None:
+    pair = Pair(window=10)
+    number = pair.open(ends=True)
+    pair.exchange()
+    stream = pair.server.streams[number]
+    pair.reads = False
+    pair.server.answer(stream, bytes(100))
+    pair.exchange()
+    assert pair.engine.has_unsent
+    pair.engine.drop_unsent(stream)
+    pair.engine.send_headers(stream, TRAILERS_BLOCK, ends=True)
+    pair.exchange()
+    assert not pair.engine.has_unsent
+    assert stream.closed_here
+
+
+def test_frames_that_bring_nothing_forward_may_be_counted_anew() -> None:
+    server = started()
+    for _ in range(3):
+        server.take(frame(PING, 0, 0, bytes(8)) * (MAX_IDLE_FRAMES - 10))
+        server.engine.forgive()
 
 
 def test_a_sink_that_ends_a_stream_while_it_is_told_of_its_end_is_told_no_more() -> None:

@@ -273,8 +273,9 @@ def test_sensitive_headers_are_never_in_the_table() -> None:
         (b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x7f", "more than four bytes"),
         (b"\x00\x7f\x80\x80\x80\x80\x00a", "more than four bytes"),
         (b"\x3f\xff\xff\xff\xff\xff\x01", "more than four bytes"),
-        (b"\x82\x20", "within a block"),
-        (b"\x20\x82\x20", "within a block"),
+        (b"\x82\x20", "at the beginning of a block"),
+        (b"\x20\x82\x20", "at the beginning of a block"),
+        (b"\x20\x20\x20\x82", "at most twice"),
         (b"\x3f\xe2\x1f", "a table of 4097 bytes"),
         (b"\x00\x01a\x02b", "ends within a string"),
         (b"\x00\x01a\x7f\xff\xff\xff\x7fb", "ends within a string"),
@@ -352,3 +353,11 @@ def test_only_so_much_of_a_block_may_be_in_huffman_s_code() -> None:
     assert decode(literal * fitting)[1] == fitting * size_of([(b"n", b"a" * 1600)])
     with pytest.raises(InvalidBlock, match="in Huffman's code"):
         decode(literal * (fitting + 1))
+
+
+def test_a_short_block_of_many_headers_is_not_kept() -> None:
+    decoder = Decoder(lambda headers, size: (len(headers), size))
+    decoder.decode(b"\x40\x01a\x7f\x80\x07" + bytes(1023))  # a long header, which is the newest of the table now
+    assert decoder.decode(b"\xbe") == (1, 1 + 1023 + 32)
+    assert decoder.decode(b"\xbe" * 100) == (MAX_LIST_BYTES // 1056, 100 * 1056)
+    assert list(decoder._cache) == [b"\xbe"]

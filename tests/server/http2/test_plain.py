@@ -10,6 +10,7 @@ import ipaddress
 import json
 import logging
 import math
+import re
 import ssl
 import struct
 import subprocess
@@ -398,6 +399,11 @@ BAD_JSON = {
     "no base64": (b'{"pixels": "A"}', "body"),
     "no UTF-8": (b'{"pixels": "\xff"}', "body"),
     "deep": (b"[" * 100_000, "body"),
+    "half a character": (b'{"\\ud800": 1, "\\ud800": 2}', "body"),
+    "half a character alone": (b'{"\\ud800": 1}', "body"),
+    "pixels that are a number": (b'{"pixels": 5}', "body"),
+    "files that are a number": (b'{"encoded": {"files": [5]}}', "body"),
+    "features that are a list": (b'{"features": [1, NaN]}', "body"),
     "a long number": (b'{"pixels": ' + b"1" * 100_000 + b"}", "body"),
     "millions of files": (b'{"encoded": {"files": [' + b'"",' * 1_000_000 + b'""]}}', "body"),
     "nothing": (b"{}", "images"),
@@ -416,6 +422,7 @@ async def test_bad_json_is_answered_with_a_status_that_names_the_field(name: str
         assert detail["@type"] == "type.googleapis.com/google.rpc.BadRequest"
         assert detail["fieldViolations"] == [{"field": field, "description": reply.json["message"]}]
         assert len(reply.body) < 2000
+        assert not re.search("Error|object|operand|method|concatenate", reply.json["message"]), "no words of Python"
         assert (await client.ask("GET", "/healthz")).status == 200
 
 
@@ -673,6 +680,84 @@ async def test_broken_requests_are_refused_and_the_connection_ends(name: str, se
         assert await client.is_closed()
 
 
+async def test_a_body_with_two_lengths_is_answered_and_the_connection_ends(
+    served: Served, golden_files: list[bytes]
+) -> None:
+    """RFC 9112, 6.1: what is between here and the client may have taken the other one."""
+    async with Http1.to(served) as client:
+        chunk = b"%x\r\n%b\r\n0\r\n\r\n" % (len(golden_files[0]), golden_files[0])
+        client.request("POST", "/v1/classify", [*FILE, ("content-length", "5"), ("transfer-encoding", "chunked")])
+        client.send(chunk)
+        reply = await client.reply()
+        assert (reply.status, reply.headers["connection"]) == (200, "close")
+        assert await client.is_closed()
+
+
+async def test_a_refusal_before_a_long_body_says_that_the_connection_ends(served: Served) -> None:
+    for length, closes in ((served.server._settings.max_message_bytes + 1, True), (100, False)):
+        async with Http1.to(served) as client:
+            client.request("POST", "/v1/classify", [("content-type", "text/x"), ("content-length", str(length))])
+            reply = await client.reply()
+            assert (reply.status, reply.headers.get("connection")) == (415, "close" if closes else None)
+            if not closes:
+                client.send(bytes(length))
+                assert (await client.ask("GET", "/healthz")).status == 200
+
+
+async def test_a_refusal_reaches_a_client_that_sends_its_body_to_the_end(served: Served) -> None:
+    """curl takes a reset behind an answer for a fault, and does not show the answer."""
+    async with Http2.to(served) as client:
+        number = client.begin("POST", "/v1/classify", [("content-type", "text/x"), ("content-length", "600000")])
+        await client.more()
+        reply = await client.reply(number)
+        assert reply.status == 415
+        body = bytes(600_000)
+        while body:
+            room = min(client.h2.local_flow_control_window(number), client.h2.max_outbound_frame_size)
+            if not room:
+                await client.more()
+                continue
+            client.h2.send_data(number, body[:room], end_stream=len(body) <= room)
+            client.flush()
+            body = body[room:]
+        assert (await client.ask("GET", "/healthz")).status == 200
+        assert not any(isinstance(event, h2.events.StreamReset) for event in client.events[number])
+
+
+async def test_a_body_that_is_still_sent_long_after_its_refusal_is_not_waited_for(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.http2.plain_call.MAX_THROWN_AWAY", 1000)
+    async with Http2.to(served) as client:
+        number = client.begin("POST", "/v1/classify", [("content-type", "text/x")])
+        assert (await client.reply(number)).status == 415
+        client.h2.send_data(number, bytes(1001))
+        client.flush()
+        while not any(isinstance(event, h2.events.StreamReset) for event in client.events[number]):
+            await client.more()
+
+
+@pytest.mark.parametrize("length", ["5", "50", "five"])
+async def test_a_body_of_another_length_than_announced_is_refused(length: str, served: Served) -> None:
+    async with Http2.to(served) as client:
+        client.h2.config.validate_outbound_headers = False
+        reply = await client.ask("POST", "/v1/classify", [*FILE, ("content-length", length)], bytes(20))
+        assert (reply.status, reply.json["code"]) == (400, 3)
+        assert reply.json["message"].startswith(f"content-length: a body of {length} bytes was announced, 20 came")
+
+
+async def test_work_that_takes_long_lets_others_have_a_turn(
+    kind: Any, served: Served, golden_files: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("connection", "http1"):
+        monkeypatch.setattr(f"server.http2.{module}.TURN_SECONDS", -1.0)  # whatever comes
+    async with kind.to(served) as client:
+        for _ in range(3):
+            assert (await client.ask("POST", "/v1/classify", FILE, golden_files[0])).status == 200
+        many = in_json(pb.ClassifyRequest(pixels=bytes(784 * 2000)))
+        assert (await client.ask("POST", "/v1/classify", JSON, many)).status == 200
+
+
 async def test_a_broken_chunk_is_refused(served: Served) -> None:
     async with Http1.to(served) as client:
         client.request("POST", "/v1/classify", [*FILE, ("transfer-encoding", "chunked")])
@@ -807,6 +892,16 @@ async def test_a_connection_that_is_too_old_ends_with_its_next_answer() -> None:
         assert await client.is_closed()
 
 
+async def test_who_waits_at_the_end_of_a_connection_s_age_is_told_so(
+    kind: Any, golden_files: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    age: dict[str, Any] = {"max_connection_age": 0.3, "max_connection_age_grace": 0.1}
+    async with server_of(max_wait_ms=60_000, **age) as served, kind.to(served) as client:
+        reply = await client.ask("POST", "/v1/classify", FILE, golden_files[0])
+        assert (reply.status, reply.json["code"]) == (503, 14)
+        assert "greatest age" in reply.json["message"]
+
+
 # TLS -------------------------------------------------------------------------------------
 
 
@@ -848,6 +943,16 @@ async def test_over_tls_a_client_speaks_what_it_chose(
         assert (await client.ask("GET", "/healthz")).body == b"SERVING\n"
         reply = await client.ask("POST", "/v1/classify", FILE, golden_files[0])
         assert reply.status == 200
+
+
+async def test_a_client_that_does_not_say_farewell_holds_up_no_stop(kind: Any, certificate: dict[str, Any]) -> None:
+    context = ssl.create_default_context(cafile=certificate["tls_cert"])
+    context.set_alpn_protocols(["h2" if kind is Http2 else "http/1.1"])
+    async with server_of(**certificate) as served, kind.to(served, context) as client:
+        assert (await client.ask("GET", "/healthz")).status == 200
+        client.writer.transport.pause_reading()
+        async with asyncio.timeout(TIMEOUT):
+            await served.server.stop(grace=10 * TIMEOUT)
 
 
 async def test_plain_text_at_a_port_of_tls_gets_nothing(certificate: dict[str, Any]) -> None:

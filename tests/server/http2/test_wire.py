@@ -45,9 +45,14 @@ def prefixed(content: bytes, flag: int = 0) -> bytes:
     return struct.pack(">BI", flag, len(content)) + content
 
 
+def fed(deframer: Deframer, data: bytes) -> list[bytes]:
+    """What the messages say that are whole with these bytes."""
+    return [deframer.opened(message) for message in deframer.feed(data)]
+
+
 def error_of(deframer: Deframer, data: bytes) -> WireError:
     with pytest.raises(WireError) as error:
-        deframer.feed(data)
+        fed(deframer, data)
     return error.value
 
 
@@ -58,7 +63,7 @@ def test_messages_come_whole_and_in_order_wherever_they_are_cut(
     deframer = Deframer(LIMIT + 100, encoding)
     came: list[bytes] = []
     for piece in cut(b"".join(framed(message, encoding) for message in messages), places):
-        came += deframer.feed(piece)
+        came += fed(deframer, piece)
     deframer.end()
     assert came == messages
     assert deframer.buffered == 0
@@ -67,16 +72,16 @@ def test_messages_come_whole_and_in_order_wherever_they_are_cut(
 @given(st.binary(max_size=LIMIT), CUTS)
 def test_what_is_not_whole_yet_is_counted_as_buffered(message: bytes, places: list[int]) -> None:
     deframer = Deframer(LIMIT)
-    fed = 0
+    size = 0
     for piece in cut(framed(message)[:-1], places):
         assert deframer.feed(piece) == []
-        fed += len(piece)
-        assert deframer.buffered == fed
+        size += len(piece)
+        assert deframer.buffered == size
 
 
 def test_messages_that_are_compressed_and_plain_ones_may_alternate() -> None:
     data = framed(b"plain") + framed(b"tight", b"gzip") + framed(b"plain again")
-    assert Deframer(LIMIT, b"gzip").feed(data) == [b"plain", b"tight", b"plain again"]
+    assert fed(Deframer(LIMIT, b"gzip"), data) == [b"plain", b"tight", b"plain again"]
 
 
 @pytest.mark.parametrize("size", [LIMIT, LIMIT + 1])
@@ -89,10 +94,10 @@ def test_a_message_of_the_limit_passes_and_one_byte_more_does_not(size: int, enc
         assert deframer.feed(data[:3]) == []
         data = data[3:]
     if size <= LIMIT:
-        assert deframer.feed(data) == [bytes(size)]
+        assert fed(deframer, data) == [bytes(size)]
     else:
         error = error_of(deframer, data)
-        assert error.code == RESOURCE_EXHAUSTED
+        assert error.number == RESOURCE_EXHAUSTED
         assert str(error).startswith(f"SERVER: Received message larger than max ({LIMIT + 1}")
 
 
@@ -101,7 +106,7 @@ def test_a_length_over_the_limit_is_refused_before_any_of_its_bytes(length: int)
     deframer = Deframer(LIMIT)
     prefix = struct.pack(">BI", 0, length)
     assert deframer.feed(prefix[:-1]) == []
-    assert error_of(deframer, prefix[-1:]).code == RESOURCE_EXHAUSTED
+    assert error_of(deframer, prefix[-1:]).number == RESOURCE_EXHAUSTED
 
 
 @pytest.mark.parametrize("encoding", [b"deflate", b"gzip"])
@@ -123,25 +128,32 @@ def test_a_bomb_is_not_inflated(encoding: bytes, monkeypatch: pytest.MonkeyPatch
     assert len(bomb) < 20_000
     monkeypatch.setattr("server.http2.wire.zlib.decompressobj", Inflater)
     error = error_of(Deframer(20_000, encoding), bomb)
-    assert error.code == RESOURCE_EXHAUSTED
+    assert error.number == RESOURCE_EXHAUSTED
     assert most == 20_001
+
+
+def test_a_compressed_message_stays_as_it_came_until_it_is_wanted() -> None:
+    deframer = Deframer(LIMIT, b"gzip")
+    (message,) = deframer.feed(framed(bytes(LIMIT), b"gzip"))
+    assert len(message) < 50
+    assert deframer.opened(message) == bytes(LIMIT)
 
 
 @pytest.mark.parametrize("flag", range(2, 256))
 def test_a_message_begins_with_0_or_1(flag: int) -> None:
     for encoding in ENCODINGS:
-        assert error_of(Deframer(LIMIT, encoding), prefixed(b"abc", flag)).code == INTERNAL
+        assert error_of(Deframer(LIMIT, encoding), prefixed(b"abc", flag)).number == INTERNAL
 
 
 def test_a_message_is_compressed_only_in_a_call_that_says_how() -> None:
-    assert error_of(Deframer(LIMIT), framed(b"abc", b"gzip")).code == INTERNAL
+    assert error_of(Deframer(LIMIT), framed(b"abc", b"gzip")).number == INTERNAL
 
 
 @pytest.mark.parametrize("encoding", [b"", b"br", b"GZIP", b"snappy", b"identity,gzip", b"\xff", b"x" * 100_000])
 def test_an_unknown_encoding_is_named_and_shortly(encoding: bytes) -> None:
     with pytest.raises(WireError, match="one of identity, deflate, gzip, not") as error:
         Deframer(LIMIT, encoding)
-    assert error.value.code == UNIMPLEMENTED
+    assert error.value.number == UNIMPLEMENTED
     assert len(str(error.value)) < 100
 
 
@@ -154,13 +166,13 @@ WHOLE = gzip.compress(b"digits" * 20)
     ids=["empty", "plain", "short", "head", "longer", "twice", "checksum"],
 )
 def test_what_is_no_one_whole_gzip_stream_is_refused(content: bytes) -> None:
-    assert error_of(Deframer(LIMIT, b"gzip"), prefixed(content, 1)).code == INTERNAL
+    assert error_of(Deframer(LIMIT, b"gzip"), prefixed(content, 1)).number == INTERNAL
 
 
 def test_deflate_is_zlib_s_format_and_not_the_bare_one() -> None:
-    assert Deframer(LIMIT, b"deflate").feed(prefixed(zlib.compress(b"abc"), 1)) == [b"abc"]
+    assert fed(Deframer(LIMIT, b"deflate"), prefixed(zlib.compress(b"abc"), 1)) == [b"abc"]
     bare = zlib.compressobj(wbits=-15)
-    assert error_of(Deframer(LIMIT, b"deflate"), prefixed(bare.compress(b"abc") + bare.flush(), 1)).code == INTERNAL
+    assert error_of(Deframer(LIMIT, b"deflate"), prefixed(bare.compress(b"abc") + bare.flush(), 1)).number == INTERNAL
 
 
 @given(st.binary(max_size=100), CUTS, st.sampled_from(ENCODINGS))
@@ -175,7 +187,7 @@ def test_any_bytes_are_messages_or_an_error_wherever_they_are_cut(
                 came += deframer.feed(piece)
             deframer.end()
         except WireError as error:
-            return came + error.messages, error.code
+            return came + error.messages, error.number
         return came, None
 
     assert outcome(cut(data, places)) == outcome([data])
@@ -201,7 +213,7 @@ def test_a_stream_that_ends_within_a_message_is_truncated(length: int) -> None:
     assert deframer.feed(framed(b"whole") + framed(b"abc")[:length]) == [b"whole"]
     with pytest.raises(WireError, match=f"after {length} bytes of it") as error:
         deframer.end()
-    assert error.value.code == INTERNAL
+    assert error.value.number == INTERNAL
 
 
 # Headers ------------------------------------------------------------------------------
@@ -252,7 +264,7 @@ def test_a_timeout_is_a_number_and_its_unit(timeout: bytes, seconds: float) -> N
 def test_what_is_no_timeout_is_refused(timeout: bytes) -> None:
     with pytest.raises(WireError, match="1 to 8 digits") as error:
         seconds_of(timeout)
-    assert error.value.code == INTERNAL
+    assert error.value.number == INTERNAL
     assert len(str(error.value)) < 120
 
 
@@ -306,7 +318,7 @@ def test_binary_metadata_comes_with_padding_or_without_and_several_in_a_header(
 def test_binary_metadata_that_is_no_base64_is_refused(value: bytes) -> None:
     with pytest.raises(WireError, match="metadata key-bin is no base64") as error:
         metadata_of([(b"key-bin", value)])
-    assert error.value.code == INTERNAL
+    assert error.value.number == INTERNAL
 
 
 @given(st.lists(st.tuples(st.binary(min_size=1, max_size=8) | st.just(b"x-bin"), st.binary(max_size=8))))
