@@ -109,16 +109,7 @@ class Http1Connection(asyncio.Protocol):
             if self._ahead > MAX_AHEAD:
                 self._transport.pause_reading()
             return
-        start = time.perf_counter()
         self._advance()
-        if time.perf_counter() - start > TURN_SECONDS and not self._transport.is_closing():
-            # The event loop would read on, and work for this client alone.
-            self._transport.pause_reading()
-            self.server.loop.call_soon(self._read_on)
-
-    def _read_on(self) -> None:
-        if self._ahead <= MAX_AHEAD and not self._transport.is_closing():
-            self._transport.resume_reading()
 
     def eof_received(self) -> bool:
         return False  # whoever sends no more is gone
@@ -146,11 +137,14 @@ class Http1Connection(asyncio.Protocol):
 
     def _go_on(self) -> None:
         """Take what came in the meantime."""
+        if self._closing or self.calls or self._paused:
+            return
         self._ahead = 0
         self._transport.resume_reading()
         self._advance()
 
     def _advance(self) -> None:
+        end = time.perf_counter() + TURN_SECONDS
         try:
             while not (self._closing or self.calls or self._paused):
                 event = self._http.next_event()
@@ -164,6 +158,10 @@ class Http1Connection(asyncio.Protocol):
                     self.close()
                 else:
                     self._need_more()
+                    return
+                if time.perf_counter() > end:  # others are to have a turn
+                    self._transport.pause_reading()
+                    self.server.loop.call_soon(self._go_on)
                     return
         except h11.RemoteProtocolError as error:
             logger.debug("%s broke HTTP: %s", self._peer, error)
