@@ -8,9 +8,11 @@ The rules, each with a test of its own in `tests/server/test_batching.py`:
 - Work-conserving: a free engine takes all that waits, up to `max_batch_size`
   rows, and waits for no clock. A lone item runs at once. Only where many items
   come together does a batch wait for as many as the last one had.
-- Fair: every request, and every stream, is a flow of its own, and flows share
-  the engine by rows. The hundredth part of a bulk request waits for a single
-  image that came later, and never the other way round for long.
+- Fair: every request, and every stream, is a flow of its own, and requests are
+  finished in the order in which they would be if all flows were computed side
+  by side, row by row. The hundredth part of a bulk request waits for a single
+  image that came later, and never the other way round for long; of two alike,
+  the first is finished first, so that its caller can send the next meanwhile.
 - A window (`max_wait_ms`) is opt-in, opens with the first item and closes when
   full.
 - A queue entry owns its future. Entries whose caller is gone or whose deadline
@@ -103,7 +105,7 @@ class Flow:
 
 
 class _Entry(Generic[Item, Result]):
-    __slots__ = ("arrived", "deadline", "entered", "future", "item", "order", "queued", "rows", "token")
+    __slots__ = ("arrived", "deadline", "entered", "future", "item", "order", "place", "queued", "rows", "token")
 
     def __init__(
         self,
@@ -112,6 +114,7 @@ class _Entry(Generic[Item, Result]):
         deadline: float | None,
         future: asyncio.Future[Answer[Result]],
         order: tuple[float, int],
+        place: float,
         token: Any,
     ) -> None:
         self.item = item
@@ -121,6 +124,7 @@ class _Entry(Generic[Item, Result]):
         self.deadline = deadline
         self.future = future
         self.order = order  # the lowest is computed first; no two are equal
+        self.place = place  # the virtual time at which it would be done
         self.queued = True
         self.token = token  # the observer's
 
@@ -292,15 +296,18 @@ class DynamicBatcher(Generic[Item, Result]):
         if not self._entries:
             self._in_company = self._several_callers()
         flow = flow or Flow()
+        place = max(self._now, flow.finish)
+        flow.finish = place + rows
         futures = []
         for item in items:
-            flow.finish = max(self._now, flow.finish) + len(item)
+            place += len(item)
             entry: _Entry[Item, Result] = _Entry(
                 item,
                 now,
                 deadline,
                 loop.create_future(),
                 (flow.finish, next(self._numbers)),
+                place,
                 self._observer.queued(len(item)),
             )
             heapq.heappush(self._queue, entry)
@@ -415,7 +422,8 @@ class DynamicBatcher(Generic[Item, Result]):
         """Take the next batch out of the queue, in the order of virtual time, leaving out the dead.
 
         Self-clocked fair queueing (S. Golestani, INFOCOM 1994), with rows for
-        bits: an item's place is that of its flow's rows before it, plus its own.
+        bits and requests for packets: all items of a request go when its last
+        one would, and virtual time is the place of the one that is computed.
         """
         now = asyncio.get_running_loop().time()
         batch: list[_Entry[Item, Result]] = []
@@ -433,7 +441,7 @@ class DynamicBatcher(Generic[Item, Result]):
                 self._leave(entry)
                 batch.append(entry)
                 rows += entry.rows
-                self._now = max(self._now, entry.order[0])
+                self._now = max(self._now, entry.place)
             if self._queue and self._queue[0] is entry:
                 heapq.heappop(self._queue)
         return batch

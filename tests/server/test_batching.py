@@ -274,7 +274,7 @@ async def test_a_single_row_that_comes_late_goes_before_the_rest_of_a_bulk_reque
     assert engine.batches == [[[1] * 4], [[9]], [[2] * 4], [[3] * 4], [[4] * 4], [[5] * 4]]
 
 
-async def test_bulk_requests_take_turns_part_by_part() -> None:
+async def test_of_bulk_requests_that_are_alike_the_first_is_finished_first() -> None:
     engine = Engine(held=True)
     async with batcher_of(engine, max_batch_size=4) as batcher:
         one = batcher.enqueue([[1] * 4] * 3)
@@ -282,7 +282,35 @@ async def test_bulk_requests_take_turns_part_by_part() -> None:
         other = batcher.enqueue([[2] * 4] * 3)
         engine.let_go(6)
         await asyncio.gather(*one, *other)
-    assert [batch[0][0] for batch in engine.batches] in ([1, 2, 1, 2, 1, 2], [1, 1, 2, 1, 2, 2], [1, 2, 1, 2, 2, 1])
+    assert [batch[0][0] for batch in engine.batches] == [1, 1, 1, 2, 2, 2]
+
+
+async def test_a_smaller_request_that_comes_later_goes_before_the_rest_of_a_larger_one() -> None:
+    engine = Engine(held=True)
+    async with batcher_of(engine, max_batch_size=4) as batcher:
+        large = batcher.enqueue([[1] * 4] * 6)
+        await engine.begun()
+        small = batcher.enqueue([[2] * 4] * 2)
+        engine.let_go(8)
+        await asyncio.gather(*large, *small)
+    assert [batch[0][0] for batch in engine.batches] == [1, 2, 2, 1, 1, 1, 1, 1]
+
+
+async def test_large_requests_without_end_do_not_starve_a_larger_one() -> None:
+    engine = Engine()
+    async with batcher_of(engine, max_batch_size=4) as batcher:
+
+        async def larges() -> None:
+            while True:
+                await asyncio.gather(*batcher.enqueue([[7] * 4] * 3))
+
+        crowd = [asyncio.create_task(larges()) for _ in range(3)]
+        await asyncio.sleep(0)
+        await asyncio.wait_for(asyncio.gather(*batcher.enqueue([[1] * 4] * 10)), 20)
+        for task in crowd:
+            task.cancel()
+    last = max(turn for turn, batch in enumerate(engine.batches) if batch[0][0] == 1)
+    assert last <= 4 * 10 + 3 * 3 + 1, "it has a quarter of the engine, whatever the others ask"
 
 
 async def test_single_rows_without_end_do_not_starve_a_bulk_request() -> None:
@@ -329,7 +357,8 @@ async def test_a_flow_does_not_pay_for_what_it_got_while_it_was_alone() -> None:
             await engine.begun()
         (running,) = batcher.enqueue([[0] * 4])
         await engine.begun()
-        futures = batcher.enqueue([[1]] * 40, flow=old) + batcher.enqueue([[2]] * 40, flow=new)
+        pairs = [(batcher.enqueue([[1]], flow=old), batcher.enqueue([[2]], flow=new)) for _ in range(40)]
+        futures = [future for pair in pairs for futures in pair for future in futures]
         engine.let_go(100)
         await asyncio.gather(running, *futures)
     first = [item[0] for batch in engine.batches[before + 1 : before + 5] for item in batch]
