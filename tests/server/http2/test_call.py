@@ -99,7 +99,7 @@ class RawClient:
 
 def only_connection(server: DigitServer) -> Connection:
     """What the server holds of its one client."""
-    (connection,) = server._server.connections  # type: ignore[attr-defined]
+    (connection,) = server._server.connections
     assert isinstance(connection, Connection)
     return connection
 
