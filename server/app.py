@@ -320,7 +320,8 @@ def server_options(settings: Settings, *, shares_port: bool = False) -> list[tup
     """gRPC's options for a server."""
     limit = _TRANSPORT_MARGIN * settings.max_message_bytes
     return [
-        # Unless the other one is of our own, a second server on a taken port is to fail, not to share it.
+        # Unless the other one is of our own, a second server on a taken port is to fail, not to share it. It is where
+        # the port is kept (`server.ports`).
         ("grpc.so_reuseport", int(shares_port)),
         ("grpc.max_receive_message_length", limit),
         ("grpc.max_send_message_length", limit),
