@@ -17,6 +17,7 @@ from digits.snapshot import InvalidCheckpoint, Snapshot, take_snapshot
 from server import admin, authentication, model_admin, open_inference_servicer, servicer
 from server.credentials import server_credentials, tls_context
 from server.errors import CannotServe, not_installed
+from server.grpcio import GrpcioServer
 from server.intake import Intake
 from server.limits import connection_options
 from server.observer import HttpSpan, Observer, Observers
@@ -59,6 +60,7 @@ class DigitServer:
         shares_port: bool = False,
         metrics_page: Callable[[str], tuple[bytes, str]] | None = None,
         http_span: HttpSpan | None = None,
+        on_lost: Callable[[], None] = lambda: None,
     ) -> None:
         """Bind the address of the settings; `port` tells the port.
 
@@ -72,6 +74,7 @@ class DigitServer:
             metrics_page: gives the page of metrics and its content type for a
                 scraper's header `Accept`, for a transport that speaks plain HTTP.
             http_span: traces requests over plain HTTP.
+            on_lost: called when the server listens no more and cannot again, so that its process is to end.
 
         Raises:
             OSError: the address cannot be bound, for example because it is taken.
@@ -95,7 +98,12 @@ class DigitServer:
         self._reflection = admin.ReflectionServicer(names)
         tokens = authentication.interceptors(settings, self._observer)
         interceptors = [*interceptors, *tokens]
-        self._server, self._credentials = _transport(settings, interceptors, shares_port=shares_port)
+        self._keeps_port = sys.platform == "linux" and settings.transport == "grpcio" and not shares_port
+        self._kept: Reservation | None = None
+        """The port, kept for us alone; to be shared with the server that takes the first one's place, if one has to."""
+        self._server, self._credentials = _transport(
+            settings, interceptors, shares_port=shares_port or self._keeps_port, on_lost=on_lost
+        )
         if settings.transport == "asgi":
             self._add_plain_http(tokens[0] if tokens else None, metrics_page, names, http_span)
         intake = Intake(self._service)
@@ -146,21 +154,32 @@ class DigitServer:
         host = self._settings.host
         try:
             if not self._shares_port and sys.platform == "linux":
-                with Reservation(host, self.port) as free:
-                    self.port = free.port
+                kept = Reservation(host, self.port)
+                self.port = kept.port
+                if self._keeps_port:
+                    self._kept = kept
+                else:
+                    kept.close()
             for address in literal_hosts(host):
                 self.port = self._bind_one(f"{address}:{self.port}")
         except CannotServe as error:
             raise OSError(str(error)) from error
         except RuntimeError as error:
+            self._leave_port()
             raise OSError(
                 f"cannot listen on {self.address}: the address is taken, or not one of this machine"
             ) from error
 
+    def _leave_port(self) -> None:
+        if self._kept is not None:
+            self._kept.close()
+
     def _bind_one(self, address: str) -> int:
         if self._credentials is None:
-            return self._server.add_insecure_port(address)
-        return self._server.add_secure_port(address, self._credentials)
+            port: int = self._server.add_insecure_port(address)
+        else:
+            port = self._server.add_secure_port(address, self._credentials)
+        return port
 
     def is_serving(self) -> bool:
         """Whether health says SERVING."""
@@ -235,6 +254,7 @@ class DigitServer:
         self._reflection.end()
         self._service.drain()
         await self._server.stop(self._settings.grace if grace is None else grace)
+        self._leave_port()
         if self._watchdog is not None:
             self._watchdog.cancel()
         try:
@@ -268,8 +288,12 @@ class DigitServer:
 
 
 def _transport(
-    settings: Settings, interceptors: Sequence[grpc.aio.ServerInterceptor], *, shares_port: bool
-) -> tuple[grpc.aio.Server, Any]:
+    settings: Settings,
+    interceptors: Sequence[grpc.aio.ServerInterceptor],
+    *,
+    shares_port: bool,
+    on_lost: Callable[[], None],
+) -> tuple[Any, Any]:
     """What speaks gRPC, and the credentials that its ports are opened with; None without TLS.
 
     Raises:
@@ -277,7 +301,7 @@ def _transport(
     """
     if settings.transport == "grpcio":
         options = server_options(settings, shares_port=shares_port)
-        return grpc.aio.server(interceptors=interceptors, options=options), server_credentials(settings)
+        return GrpcioServer(interceptors=interceptors, options=options, on_lost=on_lost), server_credentials(settings)
     try:
         from server.http2.server import Http2Server
     except ModuleNotFoundError as error:
@@ -296,7 +320,8 @@ def server_options(settings: Settings, *, shares_port: bool = False) -> list[tup
     """gRPC's options for a server."""
     limit = _TRANSPORT_MARGIN * settings.max_message_bytes
     return [
-        # Unless the other one is of our own, a second server on a taken port is to fail, not to share it.
+        # Unless the other one is of our own, a second server on a taken port is to fail, not to share it. It is where
+        # the port is kept (`server.ports`).
         ("grpc.so_reuseport", int(shares_port)),
         ("grpc.max_receive_message_length", limit),
         ("grpc.max_send_message_length", limit),

@@ -10,7 +10,7 @@ import contextlib
 import os
 import ssl
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -31,8 +31,8 @@ _MISMATCHES = {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIG
 """OpenSSL's words for a key that is not the certificate's; the last one when it is of another kind."""
 
 
-def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:
-    """What to open a TLS port with; None without `tls_cert`.
+def server_credentials(settings: Settings) -> Callable[[], grpc.ServerCredentials] | None:
+    """What makes credentials, for one TLS port each: gRPC opens no second one with the same; None without `tls_cert`.
 
     Raises:
         CannotServe: a file cannot be read or used, or key and certificate do not match.
@@ -41,15 +41,25 @@ def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:
         return None
     files = WatchedFiles(tls_files(settings), lambda contents: _configuration(settings, contents))
 
-    def changed() -> grpc.ServerCertificateConfiguration | None:
-        """Called by gRPC before each handshake, in threads of its own."""
-        return files.value if files.look() else None
+    def credentials() -> grpc.ServerCredentials:
+        known = files.value
 
-    return grpc.dynamic_ssl_server_credentials(
-        files.value,
-        changed,  # type: ignore[arg-type]  # None is for no change, which the stub does not know
-        require_client_authentication=bool(settings.tls_client_ca),
-    )
+        def changed() -> grpc.ServerCertificateConfiguration | None:
+            """Called by gRPC before each handshake, in threads of its own."""
+            nonlocal known
+            files.look()
+            if known is files.value:
+                return None
+            known = files.value
+            return known
+
+        return grpc.dynamic_ssl_server_credentials(
+            known,
+            changed,  # type: ignore[arg-type]  # None is for no change, which the stub does not know
+            require_client_authentication=bool(settings.tls_client_ca),
+        )
+
+    return credentials
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:

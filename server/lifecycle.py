@@ -21,9 +21,10 @@ async def serve(settings: Settings) -> None:
 
     Raises:
         CannotServe: the address cannot be bound, or the weights, certificates,
-            tokens or the metrics port cannot be used.
+            tokens or the metrics port cannot be used; or the port is lost.
     """
     told = Told()
+    lost = asyncio.Event()
     with Instruments(settings) as instruments:
         deployment = Deployment(settings.weights, lambda snapshot: server.deploy(snapshot), instruments.observer)
         try:
@@ -34,6 +35,7 @@ async def serve(settings: Settings) -> None:
                 exchange=deployment if settings.admin else None,
                 metrics_page=instruments.page,
                 http_span=instruments.http_span,
+                on_lost=lost.set,
             )
         except OSError as error:
             raise CannotServe(str(error)) from error
@@ -45,7 +47,10 @@ async def serve(settings: Settings) -> None:
                 await server.start()
                 print(f"serving on {server.address}", flush=True)
                 delay = settings.drain_delay
-                await unless(told.to_stop, deployment.watch(settings.reload_interval, told.to_reload))
+                watching = deployment.watch(settings.reload_interval, told.to_reload)
+                await unless(told.to_stop, unless(lost, watching))
+            if lost.is_set():
+                raise CannotServe(f"{server.address} cannot be had again")
             logger.info("told to end: draining for up to %g s", settings.grace)
         finally:
             deployment.close()

@@ -61,8 +61,11 @@ def _is_not_of_a_caller(record: logging.LogRecord) -> bool:
     """gRPC writes a traceback for what a caller did, and goes on; callers could fill the disk.
 
     It does for each header value that is no UTF-8, and for each answer that it cannot send because
-    the deadline passed or the caller left at that very moment.
+    the deadline passed or the caller left at that very moment. Of a path that is no UTF-8 it tells
+    the error alone; `server.grpcio` has a sentence for it.
     """
+    if isinstance(record.msg, UnicodeDecodeError):
+        return False
     return not str(record.msg).startswith(("Invalid encoding on", "ExecuteBatchError raised in core"))
 
 

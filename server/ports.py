@@ -3,7 +3,8 @@
 Linux spreads the connections to a port over all sockets that listen on it with
 SO_REUSEPORT, whoever they belong to; a second server of the same user would
 silently get a share of them. So one socket that never serves keeps the port: it
-is bound as a server alone on the port would be, and then opened for sharing.
+is bound as a server alone on the port would be, and then opened for sharing: by
+several processes, or by a server and the one that takes its place.
 
 Knows nothing of what listens.
 """

@@ -132,6 +132,7 @@ class Worker:
                 shares_port=True,
                 metrics_page=self._instruments.page,
                 http_span=self._instruments.http_span,
+                on_lost=self._leave,
             )
             await in_daemon_thread(_import_torch)
         except ModuleNotFoundError as error:
@@ -140,7 +141,7 @@ class Worker:
             raise CannotServe(str(error)) from error
 
     def _leave(self) -> None:
-        """SIGTERM to this process alone: have another one take its place, and end."""
+        """SIGTERM to this process alone, or its port is lost: have another one take its place, and end."""
         if self._told_to_stop.is_set():
             self._told_again.set()
             return

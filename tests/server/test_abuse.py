@@ -11,17 +11,21 @@ import subprocess
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
 import hpack
+import numpy as np
+import numpy.typing as npt
 import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
+import client as mnist
 import server.limits
 from client._channel import channel_options
 from protos.mnist.v1 import digit_classifier_pb2 as pb
@@ -36,6 +40,7 @@ from server.limits import (
     connection_options,
 )
 from server.settings import MAX_SECONDS, Settings
+from tests.server.attacks import listeners
 from tests.server.http2.peer import Frame, frame
 
 Start = Callable[..., tuple[str, subprocess.Popen[str]]]
@@ -66,7 +71,7 @@ class RawClient:
     def send(self, *frames: bytes) -> None:
         self.socket.sendall(b"".join(frames))
 
-    def open(self, path: str, *more: tuple[str, str | bytes], flags: int = END_HEADERS) -> tuple[int, bytes]:
+    def open(self, path: str | bytes, *more: tuple[str, str | bytes], flags: int = END_HEADERS) -> tuple[int, bytes]:
         """A new call's number, and the frame that begins it."""
         number = self._next_stream
         self._next_stream += 2
@@ -462,6 +467,176 @@ def test_a_token_that_is_no_text_is_refused_like_any_other(
     process.terminate()
     _, err = process.communicate(timeout=TIMEOUT)
     assert "Traceback" not in err, "callers do not write our log"
+
+
+# Paths ----------------------------------------------------------------------------------------
+
+NO_TEXT = [b"\xff", b"\xed\xa0\x80", b"\xc0\xaf", b"mnist.v1.DigitClassifier/Classify\xe2\x82"]
+"""Paths without their slash that are no UTF-8."""
+
+
+def call_what_is_no_text(client: RawClient, path: bytes, address: str, process: subprocess.Popen[str]) -> None:
+    """Call such a path; wait until it is answered, and until a server that this ended has left its port."""
+    usual = listeners(address, process.pid)
+    number, opening = client.open(b"/" + path)
+    client.send(opening, frame(DATA, END_STREAM, number, one_image()))
+    status = ""
+    for received in client.frames():
+        if received.kind == HEADERS and received.stream == number:
+            status = client.headers_in(received)["grpc-status"]
+        # CANCELLED by grpcio's server that was ended: it says goodbye when another one listens beside it.
+        if received.kind == GOAWAY or status not in ("", "1"):
+            break
+    assert status in ("1", "2", "12")
+    end = time.monotonic() + TIMEOUT
+    while listeners(address, process.pid) > usual:
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_paths_that_are_no_text_end_their_own_calls_and_nobody_elses(
+    workers: int,
+    server_process: Start,
+    client_of: Callable[[str], RawClient],
+    golden: tuple[npt.NDArray[np.uint8], list[int]],
+) -> None:
+    address, process = server_process("--workers", str(workers), "--grace", "1")
+    streaming = client_of(address)
+    stream, opening = streaming.open(f"/{SERVICE}/StreamClassify")
+    streaming.send(opening)
+    frames = streaming.frames()
+
+    def is_answered() -> bool:
+        streaming.send(frame(DATA, 0, stream, some_frames(1)))
+        return any(received.kind == DATA and received.stream == stream for received in frames)
+
+    assert is_answered()
+    stopped = threading.Event()
+
+    def call_on() -> int:
+        """As a service does with the SDK; raises what the SDK does."""
+        calls = 0
+        with mnist.Client(address, timeout=TIMEOUT, coalesce=False) as digits:
+            while not stopped.is_set():
+                digits.classify(golden[0][0].reshape(28, 28))
+                calls += 1
+        return calls
+
+    with ThreadPoolExecutor() as pool:
+        neighbours = [pool.submit(call_on) for _ in range(4)]
+        try:
+            for path in NO_TEXT * 3:
+                call_what_is_no_text(client_of(address), path, address, process)
+                check_answers(address)
+        finally:
+            stopped.set()
+        assert min(neighbour.result() for neighbour in neighbours) > 0
+    assert is_answered(), "a stream that was open before goes on"
+    streaming.close()
+    process.terminate()
+    _, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0
+    assert "Traceback" not in err, "callers do not write our log"
+    assert err.count("CRITICAL") <= workers, "at most one line a minute"
+
+
+def test_a_hundred_paths_that_are_no_text_pile_up_nothing(
+    server_process: Start, client_of: Callable[[str], RawClient]
+) -> None:
+    address, process = server_process("--workers", "1")
+    attacked = psutil.Process(process.pid)
+    call_what_is_no_text(client_of(address), NO_TEXT[0], address, process)
+    check_answers(address)
+    memory, threads, files = memory_of(process), attacked.num_threads(), attacked.num_fds()
+    for _ in range(100):
+        client = client_of(address)
+        call_what_is_no_text(client, NO_TEXT[0], address, process)
+        client.close()
+    check_answers(address)
+    assert memory_of(process) - memory < 50 * MIB
+    assert attacked.num_threads() <= threads + 4
+    end = time.monotonic() + TIMEOUT
+    while attacked.num_fds() > files + 10:  # gRPC gives back what a connection held when it learns that it is closed
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_port_that_cannot_be_had_again_ends_the_process_with_an_exit_code(
+    tmp_path: Path, server_process: Start, client_of: Callable[[str], RawClient]
+) -> None:
+    """As if another program had taken it in that moment."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "from server import grpcio\n"
+        "grpcio.REBIND_SECONDS = 0.1\n"
+        "grpcio.GrpcioServer._bind_all = lambda self, ports: list(ports)\n",
+        encoding="utf-8",
+    )
+    path = f"{tmp_path}:{Path(__file__).parents[2]}"
+    flags = ("--workers", "1", "--transport", "grpcio", "--grace", "1")  # the other one is not ended by such a path
+    address, process = server_process(*flags, PYTHONPATH=path)
+    client = client_of(address)
+    client.send(client.open(b"/" + NO_TEXT[0])[1])
+    _, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 1
+    assert f"{address} cannot be had again" in err
+    assert "Traceback" not in err
+
+
+ODD_HEADERS = [
+    (":authority", b"\xff"),
+    (":scheme", b"\xff"),
+    ("user-agent", b"\xff"),
+    ("grpc-timeout", b"\xffS"),
+    ("grpc-encoding", b"\xff"),
+    ("x-request-id", b"\xff\xc3("),
+    ("x-\xff", b"value"),
+    ("x-value", b"\0\r\n\xff"),
+    ("x-value-bin", b"\xff!"),
+    (":path", b"/" + b"a" * 15_000),
+    (":path", b""),
+    (":path", b"/\0\r\n"),
+]
+
+
+def test_headers_that_are_no_text_harm_nobody_else(
+    server_process: Start, client_of: Callable[[str], RawClient]
+) -> None:
+    address, process = server_process("--workers", "1", "--grace", "1")
+    neighbour = client_of(address)
+    usual = {":method": b"POST", ":scheme": b"http", ":path": f"/{SERVICE}/Classify".encode(), ":authority": b"here"}
+    usual |= {"content-type": b"application/grpc", "te": b"trailers"}
+    for odd in ODD_HEADERS:
+        client = client_of(address)
+        # As literals: an encoder would refuse some.
+        block = b"".join(
+            b"\0" + a_string(name.encode("latin-1")) + a_string(value) for name, value in (usual | dict([odd])).items()
+        )
+        client.send(frame(HEADERS, END_HEADERS, 1, block))
+        with contextlib.suppress(OSError):  # it may have been refused already
+            client.send(frame(DATA, END_STREAM, 1, one_image()))
+        # Until it is answered, whatever is said of it.
+        any(each.stream == 1 and (each.flags & END_STREAM or each.kind == RESET) for each in client.frames())
+        number, opening = neighbour.open(f"/{SERVICE}/Classify")
+        neighbour.send(opening, frame(DATA, END_STREAM, number, one_image()))
+        assert status_of(neighbour, number) == "0", odd
+    process.terminate()
+    _, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0
+    assert "Traceback" not in err
+    assert "CRITICAL" not in err
+
+
+def a_string(content: bytes) -> bytes:
+    """In HPACK, without Huffman's code."""
+    length = len(content)
+    if length < 127:
+        return bytes([length]) + content
+    rest, parts = length - 127, [127]
+    while rest >= 128:
+        parts.append(rest & 127 | 128)
+        rest >>= 7
+    return bytes([*parts, rest]) + content
 
 
 # Windows --------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from server.errors import CannotServe
 from server.limits import HANDSHAKE_SECONDS
 from server.secret_files import MAX_BYTES
 from server.settings import Settings
+from tests.server.attacks import call_a_path_that_is_no_text
 
 Start = Callable[..., tuple[str, subprocess.Popen[str]]]
 Key: TypeAlias = "ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey | ed448.Ed448PrivateKey"
@@ -411,6 +412,45 @@ async def test_a_new_certificate_is_served_without_a_restart_and_old_connections
     _, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0
     assert "ERROR" not in err
+
+
+async def test_each_address_of_a_host_serves_the_pair_and_a_new_one(
+    authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `localhost` has two, where there is IPv6."""
+    monkeypatch.setattr("server.app.literal_hosts", lambda host: ["127.0.0.1", "127.0.0.2"])
+    pair = authority.issue(tmp_path / "tls")
+    async with server_of(pair.settings()) as address:
+        hosts = [f"{host}:{address.rpartition(':')[2]}" for host in ("127.0.0.1", "127.0.0.2")]
+        assert [await asyncio.to_thread(serial_at, host) for host in hosts] == [pair.serial] * 2
+        new = authority.issue(tmp_path / "tls")
+        assert [await asyncio.to_thread(serial_at, host) for host in hosts * 2] == [new.serial] * 4
+
+
+async def test_a_server_in_the_place_of_one_that_a_caller_ended_serves_the_last_good_pair(
+    authority: Authority, tmp_path: Path
+) -> None:
+    untrusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    untrusting.check_hostname, untrusting.verify_mode = False, ssl.CERT_NONE
+    untrusting.set_alpn_protocols(["h2"])
+    pair = authority.issue(tmp_path / "tls")
+    settings = pair.settings()
+
+    async def end(address: str) -> None:
+        await call_a_path_that_is_no_text(address, transport=settings.transport, context=untrusting)
+
+    async with server_of(settings) as address:
+        new = authority.issue(tmp_path / "tls")
+        assert await asyncio.to_thread(serial_at, address) == new.serial
+        good = pair.cert.read_bytes()
+        pair.cert.write_bytes(good[:100])
+        await end(address)
+        assert await asyncio.to_thread(serial_at, address) == new.serial
+        await check_let_in(address, authority)
+        newest = authority.issue(tmp_path / "tls")
+        await end(address)
+        assert await asyncio.to_thread(serial_at, address) == newest.serial
+        await check_let_in(address, authority)
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ class RawClient:
 
 def only_connection(server: DigitServer) -> Connection:
     """What the server holds of its one client."""
-    (connection,) = server._server.connections  # type: ignore[attr-defined]
+    (connection,) = server._server.connections
     assert isinstance(connection, Connection)
     return connection
 
@@ -326,7 +326,7 @@ async def test_a_reflection_that_is_left_leaves_nothing_behind(server: DigitServ
             await call.write(request)
             assert (await call.read()).list_services_response.service
             call.cancel()
-        (connection,) = server._server.connections  # type: ignore[attr-defined]
+        (connection,) = server._server.connections
         tasks = [call.task for call in connection.calls]
         if tasks:
             await asyncio.wait(tasks, timeout=TIMEOUT)
@@ -348,8 +348,8 @@ async def test_work_that_takes_long_lets_others_have_a_turn(
 
 
 async def test_a_connection_that_begins_while_the_server_stops_is_closed(server: DigitServer) -> None:
-    connection = Connection(server._server)  # type: ignore[arg-type]
-    server._server.is_stopping = True  # type: ignore[attr-defined]
+    connection = Connection(server._server)
+    server._server.is_stopping = True
     transport = unittest.mock.Mock(asyncio.Transport)
     transport.get_extra_info.return_value = ("127.0.0.1", 5)
     transport.is_closing.return_value = False
