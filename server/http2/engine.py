@@ -37,7 +37,7 @@ STREAM_WINDOW = 256 * 1024
 CONNECTION_WINDOW = 2**31 - 1
 """It is streams that are to be stopped, not the connection."""
 
-MAX_BLOCK_BYTES = 256 * 1024
+MAX_BLOCK_BYTES = 2 * 1024 * 1024
 """Of a block of headers, which has to be read to its end even if they are refused: later ones refer to it."""
 
 MAX_CONTINUATIONS = 256
