@@ -30,10 +30,11 @@ import contextlib
 import heapq
 import itertools
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -132,6 +133,28 @@ class _Entry(Generic[Item, Result]):
         return self.order < other.order
 
 
+@dataclass(slots=True)
+class _Cut(Generic[Item, Result]):
+    """What was taken out of the queue."""
+
+    batch: list[_Entry[Item, Result]] = field(default_factory=list)
+    dead: list[tuple[_Entry[Item, Result], str]] = field(default_factory=list)
+    """Those that are not computed, and why."""
+    queued_rows: int = 0
+    """Rows that wait after it."""
+
+
+@dataclass(slots=True)
+class _Computed(Generic[Item, Result]):
+    """A batch and what came of it."""
+
+    batch: list[_Entry[Item, Result]]
+    results: Sequence[Result]
+    queue_seconds: list[float]
+    compute_seconds: float
+    error: BaseException | None
+
+
 class DynamicBatcher(Generic[Item, Result]):
     """Gathers items and runs them in batches, one batch at a time.
 
@@ -182,6 +205,9 @@ class DynamicBatcher(Generic[Item, Result]):
         self._hurried = False
         self._ended = 0.0  # when the last batch was computed
         self._busy_since: float | None = None
+        self._is_computing = False  # from the loop's point of view: one batch, or several in the thread
+        self._clock = 0.0  # of the loop, less the monotonic one
+        self._lock = threading.Lock()  # over the queue, its counts and virtual time: the thread cuts, too
         self._seconds_per_row = 0.0  # of recent batches
         self._closed = False
         self._arrived = asyncio.Event()
@@ -250,7 +276,7 @@ class DynamicBatcher(Generic[Item, Result]):
         rows = len(item)
         if rows > min(self.inline_size, self._max_batch_size) or self._max_wait_seconds or self._closed:
             return None
-        if self._entries or self._busy_since is not None or self._task is None or self._expected > 1:
+        if self._entries or self._is_computing or self._task is None or self._expected > 1:
             return None
         if self._since_look >= LOOK_EVERY and self._several_callers():
             return None  # see how many there are
@@ -288,6 +314,12 @@ class DynamicBatcher(Generic[Item, Result]):
         if self._closed:
             self._observer.rejected("closing", rows)
             raise QueueClosed("the batcher is closed")
+        with self._lock:
+            return self._take_in(items, rows, deadline, flow or Flow())
+
+    def _take_in(
+        self, items: Sequence[Item], rows: int, deadline: float | None, flow: Flow
+    ) -> list[asyncio.Future[Answer[Result]]]:
         if self._queued_rows + rows > self._max_queue_size:
             self._observer.rejected("queue_full", rows)
             raise QueueFull(rows, self._queued_rows, self._max_queue_size)
@@ -295,7 +327,6 @@ class DynamicBatcher(Generic[Item, Result]):
         now = loop.time()
         if not self._entries:
             self._in_company = self._several_callers()
-        flow = flow or Flow()
         place = max(self._now, flow.finish)
         flow.finish = place + rows
         futures = []
@@ -311,7 +342,7 @@ class DynamicBatcher(Generic[Item, Result]):
                 self._observer.queued(len(item)),
             )
             heapq.heappush(self._queue, entry)
-            entry.future.add_done_callback(lambda _, entry=entry: self._leave(entry, "cancelled"))  # type: ignore[misc]
+            entry.future.add_done_callback(lambda _, entry=entry: self._cancelled(entry))  # type: ignore[misc]
             futures.append(entry.future)
         self._entries += len(items)
         self._queued_rows += rows
@@ -335,19 +366,24 @@ class DynamicBatcher(Generic[Item, Result]):
         (future,) = self.enqueue([item], deadline=deadline, flow=flow)
         return await future
 
-    def _leave(self, entry: _Entry[Item, Result], reason: str = "") -> None:
-        """Count an entry out of the queue, unless it left before; the reason is why it will not be computed."""
-        if not entry.queued:
-            return
-        entry.queued = False
-        self._entries -= 1
-        self._queued_rows -= entry.rows
-        self._observer.queue_changed(self._queued_rows)
-        if reason:
-            self._observer.dropped(reason, entry.rows)
+    def _cancelled(self, entry: _Entry[Item, Result]) -> None:
+        """Its caller is gone, unless it has left the queue before."""
+        with self._lock:
+            if not entry.queued:
+                return
+            self._leave(entry)
+            rows = self._queued_rows
             if len(self._queue) > 2 * self._entries + 64:  # or the heap would keep what a flood left behind
                 self._queue = [kept for kept in self._queue if kept.queued]
                 heapq.heapify(self._queue)
+        self._observer.queue_changed(rows)
+        self._observer.dropped("cancelled", entry.rows)
+
+    def _leave(self, entry: _Entry[Item, Result]) -> None:
+        """Count an entry out of the queue."""
+        entry.queued = False
+        self._entries -= 1
+        self._queued_rows -= entry.rows
 
     async def _run(self) -> None:
         while True:
@@ -358,10 +394,11 @@ class DynamicBatcher(Generic[Item, Result]):
                 continue
             await self._take_in_arrivals()
             await self._keep_window_open()
-            batch = self._cut()
-            if batch:
-                self._expected = len(batch) if len(batch) >= FEW_ITEMS else 1
-                await self._answer(batch)
+            with self._lock:
+                cut = self._cut(asyncio.get_running_loop().time())
+            self._tell(cut)
+            if cut.batch:
+                await self._answer(cut.batch)
                 # Let the callers take their answers before the next batch is cut.
                 await asyncio.sleep(0)
 
@@ -418,66 +455,117 @@ class DynamicBatcher(Generic[Item, Result]):
                 async with asyncio.timeout(remaining):
                     await self._arrived.wait()
 
-    def _cut(self) -> list[_Entry[Item, Result]]:
-        """Take the next batch out of the queue, in the order of virtual time, leaving out the dead.
+    def _cut(self, now: float) -> _Cut[Item, Result]:
+        """Take the next batch out of the queue, in the order of virtual time, and the dead; the lock is held.
 
         Self-clocked fair queueing (S. Golestani, INFOCOM 1994), with rows for
         bits and requests for packets: all items of a request go when its last
         one would, and virtual time is the place of the one that is computed.
         """
-        now = asyncio.get_running_loop().time()
-        batch: list[_Entry[Item, Result]] = []
+        cut: _Cut[Item, Result] = _Cut()
         rows = 0
         while self._queue:
             entry = self._queue[0]
-            if not entry.queued or entry.future.done():
-                self._leave(entry, "cancelled")
+            if not entry.queued:
+                pass  # it was cancelled
+            elif entry.future.done():
+                cut.dead.append((entry, "cancelled"))
             elif entry.deadline is not None and entry.deadline <= now:
-                self._leave(entry, "expired")
-                entry.future.set_exception(DeadlineExpired("the deadline passed while the request waited in the queue"))
+                cut.dead.append((entry, "expired"))
             elif rows + entry.rows > self._max_batch_size:
                 break
             else:
-                self._leave(entry)
-                batch.append(entry)
+                cut.batch.append(entry)
                 rows += entry.rows
                 self._now = max(self._now, entry.place)
-            if self._queue and self._queue[0] is entry:
-                heapq.heappop(self._queue)
-        return batch
+            heapq.heappop(self._queue)
+            if entry.queued:
+                self._leave(entry)
+        self._expected = len(cut.batch) if len(cut.batch) >= FEW_ITEMS else 1
+        cut.queued_rows = self._queued_rows
+        return cut
+
+    def _tell(self, cut: _Cut[Item, Result]) -> None:
+        """On the loop: those who are not computed, and whoever watches, hear of it."""
+        self._observer.queue_changed(cut.queued_rows)
+        for entry, reason in cut.dead:
+            self._observer.dropped(reason, entry.rows)
+            if reason == "expired" and not entry.future.done():
+                entry.future.set_exception(DeadlineExpired("the deadline passed while the request waited in the queue"))
 
     async def _answer(self, batch: list[_Entry[Item, Result]]) -> None:
-        """Run a batch and give each caller that still waits its own rows."""
+        """Run a batch, and in the thread those behind it; give each caller that still waits its own rows."""
         loop = asyncio.get_running_loop()
-        rows = sum(entry.rows for entry in batch)
+        self._is_computing = True
+        try:
+            if sum(entry.rows for entry in batch) <= self.inline_size:
+                computed = self._compute(batch)
+                self._deliver(computed)
+                if computed.error is not None and not isinstance(computed.error, Exception):
+                    raise computed.error
+            else:
+                self._clock = loop.time() - time.monotonic()
+                await loop.run_in_executor(self._thread, self._compute_on, batch, loop)
+        finally:
+            self._is_computing = False
+
+    def _compute_on(self, batch: list[_Entry[Item, Result]], loop: asyncio.AbstractEventLoop) -> None:
+        """In the thread: compute a batch, and go on as long as the next one is not one for the loop.
+
+        The loop is busy with messages: an engine that waits for it between two
+        batches stands still for a quarter of the time.
+        """
+        while True:
+            computed = self._compute(batch)
+            loop.call_soon_threadsafe(self._deliver, computed)
+            if computed.error is not None and not isinstance(computed.error, Exception):
+                raise computed.error
+            with self._lock:
+                if not self._goes_on():
+                    return
+                cut = self._cut(time.monotonic() + self._clock)
+            loop.call_soon_threadsafe(self._tell, cut)
+            if not cut.batch:
+                return
+            batch = cut.batch
+
+    def _goes_on(self) -> bool:
+        """Whether what waits is worth the thread, and there is nothing to wait for."""
+        return self._queued_rows > self.inline_size and self._expected == 1 and not self._max_wait_seconds
+
+    def _compute(self, batch: list[_Entry[Item, Result]]) -> _Computed[Item, Result]:
         items = [entry.item for entry in batch]
-        tokens = [entry.token for entry in batch]
         self._busy_since = start = time.monotonic()
         waited = [start - entry.entered for entry in batch]
         try:
-            if rows <= self.inline_size:
-                results, compute_seconds = self._run_timed(items)
-            else:
-                results, compute_seconds = await loop.run_in_executor(self._thread, self._run_timed, items)
+            results, seconds = self._run_timed(items)
             _check_rows(items, results)
         except BaseException as error:
-            self._observer.batch_ended(rows, tokens, waited, 0.0, failed=True)
+            return _Computed(batch, (), waited, 0.0, error)
+        finally:
+            self._busy_since = None
+        return _Computed(batch, results, waited, seconds, None)
+
+    def _deliver(self, computed: _Computed[Item, Result]) -> None:
+        """On the loop: callers get their rows, or the error."""
+        self._ended = time.monotonic()
+        batch, seconds, error = computed.batch, computed.compute_seconds, computed.error
+        rows = sum(entry.rows for entry in batch)
+        tokens = [entry.token for entry in batch]
+        if error is not None:
+            self._observer.batch_ended(rows, tokens, computed.queue_seconds, 0.0, failed=True)
             waiting = [entry for entry in batch if not entry.future.done()]
             for entry in waiting:
                 entry.future.set_exception(error)
             if not waiting:
-                logger.exception("a batch of %d rows failed, and nobody waits for it any more", rows)
-            if not isinstance(error, Exception):
-                raise
+                message = "a batch of %d rows failed, and nobody waits for it any more"
+                logger.error(message, rows, exc_info=error)
             return
-        finally:
-            self._busy_since = None
-            self._ended = time.monotonic()
-        self._seconds_per_row += (compute_seconds / rows - self._seconds_per_row) / 8
-        for entry, result, seconds in zip(batch, results, waited, strict=True):
+        self._seconds_per_row += (seconds / rows - self._seconds_per_row) / 8
+        for entry, result, waited in zip(batch, computed.results, computed.queue_seconds, strict=True):
             if not entry.future.done():
-                entry.future.set_result(Answer(result, rows, seconds, compute_seconds))
-        self._observer.batch_ended(rows, tokens, waited, compute_seconds, failed=False)
+                entry.future.set_result(Answer(result, rows, waited, seconds))
+        self._observer.batch_ended(rows, tokens, computed.queue_seconds, seconds, failed=False)
 
     def _run_timed(self, items: list[Item]) -> tuple[Sequence[Result], float]:
         start = time.perf_counter()

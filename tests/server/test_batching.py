@@ -803,6 +803,51 @@ async def test_small_batches_run_on_the_loop_and_larger_ones_in_a_thread() -> No
     assert engine.threads[1] is not threading.current_thread()
 
 
+async def test_the_thread_goes_on_by_itself_while_the_loop_is_busy() -> None:
+    engine = Engine(held=True)
+    async with batcher_of(engine, max_batch_size=4, inline_size=2) as batcher:
+        futures = batcher.enqueue([[1] * 4]) + batcher.enqueue([[2] * 4]) + batcher.enqueue([[3] * 4])
+        await engine.begun()
+        engine.let_go(2)
+        for _ in range(2):  # without a turn of the loop
+            assert engine._begun.acquire(timeout=20)
+        assert [batch[0][0] for batch in engine.batches] == [1, 2, 3]
+        assert not any(future.done() for future in futures)
+        engine.let_go()
+        assert results(await asyncio.gather(*futures)) == [[10] * 4, [20] * 4, [30] * 4]
+
+
+async def test_the_thread_leaves_to_the_loop_what_is_the_loops() -> None:
+    engine = Engine(held=True)
+    async with batcher_of(engine, max_batch_size=4, inline_size=2) as batcher:
+        large = batcher.enqueue([[1] * 4])
+        await engine.begun()
+        small = batcher.enqueue([[2] * 2])
+        assert batcher.run_now([3]) is None, "one batch at a time"
+        engine.let_go(2)
+        await asyncio.gather(*large, *small)
+    assert engine.threads[0] is not threading.main_thread()
+    assert engine.threads[1] is threading.main_thread()
+
+
+async def test_those_who_leave_or_expire_while_the_thread_goes_on_are_not_computed() -> None:
+    engine = Engine(held=True)
+    async with batcher_of(engine, max_batch_size=4) as batcher:
+        first = batcher.enqueue([[1] * 4])
+        await engine.begun()
+        late = batcher.enqueue([[2] * 4], deadline=asyncio.get_running_loop().time() - 1)
+        gone = batcher.enqueue([[3] * 4])
+        last = batcher.enqueue([[4] * 4])
+        gone[0].cancel()
+        engine.let_go(2)
+        assert engine._begun.acquire(timeout=20)
+        assert batcher.queued_rows == 0
+        with pytest.raises(DeadlineExpired):
+            await late[0]
+        await asyncio.gather(*first, *last)
+    assert [batch[0][0] for batch in engine.batches] == [1, 4]
+
+
 async def test_one_batch_runs_at_a_time() -> None:
     running = threading.Lock()
 
