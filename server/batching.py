@@ -99,14 +99,15 @@ class Flow:
     all flows were computed side by side.
     """
 
-    __slots__ = ("finish",)
+    __slots__ = ("finish", "waiting")
 
     def __init__(self) -> None:
         self.finish = 0.0
+        self.waiting = 0  # items in the queue
 
 
 class _Entry(Generic[Item, Result]):
-    __slots__ = ("arrived", "deadline", "entered", "future", "item", "order", "place", "queued", "rows", "token")
+    __slots__ = ("arrived", "deadline", "entered", "flow", "future", "item", "order", "queued", "rows", "token")
 
     def __init__(
         self,
@@ -115,7 +116,7 @@ class _Entry(Generic[Item, Result]):
         deadline: float | None,
         future: asyncio.Future[Answer[Result]],
         order: tuple[float, int],
-        place: float,
+        flow: Flow,
         token: Any,
     ) -> None:
         self.item = item
@@ -125,7 +126,7 @@ class _Entry(Generic[Item, Result]):
         self.deadline = deadline
         self.future = future
         self.order = order  # the lowest is computed first; no two are equal
-        self.place = place  # the virtual time at which it would be done
+        self.flow = flow
         self.queued = True
         self.token = token  # the observer's
 
@@ -196,7 +197,8 @@ class DynamicBatcher(Generic[Item, Result]):
         self._queue: list[_Entry[Item, Result]] = []  # a heap; those that left it otherwise are still in it
         self._entries = 0  # in the queue, without those that left it
         self._numbers = itertools.count()
-        self._now = 0.0  # virtual time: the place of the last item that was taken
+        self._now = 0.0  # virtual time: the rows that each flow would have had computed, side by side
+        self._flows = 0  # that have something in the queue
         self._queued_rows = 0
         self._expected = 1  # items that the next batch waits for; with 1, it takes what is there
         self._since_look = 0  # batches
@@ -327,18 +329,18 @@ class DynamicBatcher(Generic[Item, Result]):
         now = loop.time()
         if not self._entries:
             self._in_company = self._several_callers()
-        place = max(self._now, flow.finish)
-        flow.finish = place + rows
+        flow.finish = max(self._now, flow.finish) + rows
+        self._flows += not flow.waiting
+        flow.waiting += len(items)
         futures = []
         for item in items:
-            place += len(item)
             entry: _Entry[Item, Result] = _Entry(
                 item,
                 now,
                 deadline,
                 loop.create_future(),
                 (flow.finish, next(self._numbers)),
-                place,
+                flow,
                 self._observer.queued(len(item)),
             )
             heapq.heappush(self._queue, entry)
@@ -382,6 +384,8 @@ class DynamicBatcher(Generic[Item, Result]):
     def _leave(self, entry: _Entry[Item, Result]) -> None:
         """Count an entry out of the queue."""
         entry.queued = False
+        entry.flow.waiting -= 1
+        self._flows -= not entry.flow.waiting
         self._entries -= 1
         self._queued_rows -= entry.rows
 
@@ -458,12 +462,14 @@ class DynamicBatcher(Generic[Item, Result]):
     def _cut(self, now: float) -> _Cut[Item, Result]:
         """Take the next batch out of the queue, in the order of virtual time, and the dead; the lock is held.
 
-        Self-clocked fair queueing (S. Golestani, INFOCOM 1994), with rows for
-        bits and requests for packets: all items of a request go when its last
-        one would, and virtual time is the place of the one that is computed.
+        Weighted fair queueing (A. Demers, S. Keshav, S. Shenker, SIGCOMM 1989)
+        with rows for bits, requests for packets, and items as parts of packets
+        between which another one may go first: requests go in the order in
+        which they would be done if the flows were computed side by side, and
+        virtual time is how far that would be.
         """
         cut: _Cut[Item, Result] = _Cut()
-        rows = 0
+        rows, flows, last = 0, self._flows, self._now
         while self._queue:
             entry = self._queue[0]
             if not entry.queued:
@@ -477,10 +483,12 @@ class DynamicBatcher(Generic[Item, Result]):
             else:
                 cut.batch.append(entry)
                 rows += entry.rows
-                self._now = max(self._now, entry.place)
+                last = max(last, entry.order[0])
             heapq.heappop(self._queue)
             if entry.queued:
                 self._leave(entry)
+        # When all is done, it is as far as the last one: nobody pays later for what nobody else wanted.
+        self._now = self._now + rows / max(flows, 1) if self._entries else last
         self._expected = len(cut.batch) if len(cut.batch) >= FEW_ITEMS else 1
         cut.queued_rows = self._queued_rows
         return cut

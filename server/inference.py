@@ -118,8 +118,7 @@ class Classifier:
             pixels = cast(_Pixels, rows)
             if self._one_image is not None and len(rows) == 1:
                 return self._one_image(pixels[0])
-            torch.set_num_threads(1)
-            return self._predict_pixels(pixels)
+            return self._predict_pixels([pixels])
         torch.set_num_threads(1)
         return self._predict_features(cast(_Array, rows))
 
@@ -127,9 +126,13 @@ class Classifier:
         """Classify blocks of pixels and of features together; `run_batch` of a DynamicBatcher."""
         if len(blocks) == 1:
             return [self.predict(blocks[0])]
-        if len({block.dtype for block in blocks}) > 1:
-            blocks = [self._features(block) for block in blocks]
-        scores = self.predict(cast(Rows, np.concatenate(blocks)))
+        kinds = {block.dtype for block in blocks}
+        if len(kinds) > 1:
+            scores = self.predict(np.concatenate([self._features(block) for block in blocks]))
+        elif kinds == {np.dtype(np.uint8)}:
+            scores = self._predict_pixels(cast(Sequence[_Pixels], blocks))
+        else:
+            scores = self.predict(cast(_Array, np.concatenate(blocks)))
         ends = itertools.accumulate(len(block) for block in blocks)
         return [scores[end - len(block) : end] for block, end in zip(blocks, ends, strict=True)]
 
@@ -140,10 +143,13 @@ class Classifier:
         return normalize(cast(_Pixels, rows), manifest.mean, manifest.std)
 
     @torch.inference_mode()
-    def _predict_pixels(self, pixels: _Pixels) -> Scores:
+    def _predict_pixels(self, blocks: Sequence[_Pixels]) -> Scores:
+        torch.set_num_threads(1)
         if self._layers is None:
-            return self._predict_features(self._features(pixels))
-        x = torch.from_numpy(pixels.astype(np.float32)).to(self._device)  # (n, 784)
+            return self._predict_features(self._features(np.concatenate(blocks)))
+        # Joined and cast in one go: between two steps another thread may take the interpreter.
+        pixels = np.concatenate(blocks, dtype=np.float32, casting="unsafe")
+        x = torch.from_numpy(pixels).to(self._device)  # (n, 784)
         (w1, b1), (w2, b2), (w3, b3) = self._layers
         x = torch.addmm(b1, x, w1.t()).relu_()  # (n, 256)
         x = torch.addmm(b2, x, w2.t()).relu_()  # (n, 128)

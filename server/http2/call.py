@@ -160,7 +160,7 @@ class Call:
         try:
             self._deframer.end()
         except WireError as error:
-            self._broken = error
+            self._broken = self._broken or error
         self._wake()
 
     def abandon(self) -> None:
@@ -171,7 +171,7 @@ class Call:
     def cut_off(self, code: int, message: str) -> None:
         """End the call from outside, whatever its handler does."""
         if not self.stream.closed_here:
-            self._code, self._details = code, message
+            self._code, self._details, self._trailing = code, message, ()
             self._link.engine.drop_unsent(self.stream)  # or the status would wait for a client that does not read
             self._end()
             self.task.cancel()

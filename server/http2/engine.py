@@ -131,6 +131,8 @@ class Engine:
         self._max_streams = max_streams
         self._decoder = Decoder(Head)
         self._rest = b""  # of a frame that is not whole
+        self._is_receiving = False
+        self._used: set[Stream] = set()  # streams of which bytes were used while others came
         self._has_preface = self._has_settings = False
         self._out: list[bytes] = []
         self._streams: dict[int, Stream] = {}
@@ -187,8 +189,12 @@ class Engine:
         """
         if self.failed:
             return
+        self._is_receiving = True
         try:
             self._receive(data)
+            self._is_receiving = False
+            while self._used:  # only now, as most of them have ended meanwhile
+                self._give_back(self._used.pop())
         except ProtocolBroken as error:
             self.failed = True
             self.goaway(self.last_stream, error.code, str(error).encode())
@@ -481,6 +487,12 @@ class Engine:
     def consume(self, stream: Stream, size: int) -> None:
         """So many bytes of the stream were used: the client may send as many more."""
         stream.credit += size
+        if self._is_receiving:
+            self._used.add(stream)
+        else:
+            self._give_back(stream)
+
+    def _give_back(self, stream: Stream) -> None:
         if (
             stream.credit >= STREAM_WINDOW // 2
             and not stream.closed_there

@@ -83,7 +83,7 @@ class Http1Connection(asyncio.Protocol):
         self._is_head_timed = False  # the clock runs for the head that comes in now
         self._body = bytearray()
         self._thrown_away = 0
-        self._ahead = 0  # bytes that came and were not looked at
+        self._ahead = 0  # bytes that came and were not looked at, at most
         self._paused = False  # the client does not read
         self._draining = False
         self._closing = False  # nothing more is taken
@@ -104,12 +104,11 @@ class Http1Connection(asyncio.Protocol):
         if self._closing:
             return
         self._http.receive_data(data)
-        if self.calls or self._paused:
-            self._ahead += len(data)
-            if self._ahead > MAX_AHEAD:
-                self._transport.pause_reading()
-            return
-        self._advance()
+        self._ahead += len(data)
+        if not (self.calls or self._paused):
+            self._advance()
+        if self._ahead > MAX_AHEAD and not self._closing:
+            self._transport.pause_reading()
 
     def eof_received(self) -> bool:
         return False  # whoever sends no more is gone
@@ -139,8 +138,10 @@ class Http1Connection(asyncio.Protocol):
         """Take what came in the meantime."""
         if self._closing or self.calls or self._paused:
             return
-        self._ahead = 0
-        self._transport.resume_reading()
+        if self._ahead:
+            self._ahead = len(self._http.trailing_data[0])
+        if self._ahead <= MAX_AHEAD:
+            self._transport.resume_reading()
         self._advance()
 
     def _advance(self) -> None:
@@ -159,7 +160,7 @@ class Http1Connection(asyncio.Protocol):
                 else:
                     self._need_more()
                     return
-                if time.perf_counter() > end:  # others are to have a turn
+                if time.perf_counter() > end and not self._closing:  # others are to have a turn
                     self._transport.pause_reading()
                     self.server.loop.call_soon(self._go_on)
                     return
@@ -171,6 +172,9 @@ class Http1Connection(asyncio.Protocol):
                 self._linger()
 
     def _need_more(self) -> None:
+        if self._ahead:
+            self._ahead = 0
+            self._transport.resume_reading()
         if self._http.their_state is h11.IDLE:
             if self._http.trailing_data[0] and not self._is_head_timed:
                 self._is_head_timed = True
@@ -334,6 +338,8 @@ class Http1Connection(asyncio.Protocol):
                 work.is_cut_off = True
                 self._send(work.exchange.cut_off(reason), closes=True)
                 work.task.cancel()
+        if self._exchange is not None and not self._closing:  # its body is not whole
+            self._send(self._exchange.cut_off(reason), closes=True)
         if not self._closing:
             self.close()
 

@@ -396,7 +396,7 @@ def _told(error: Exception) -> str:
     text = str(error)
     cause: BaseException | None = error
     while cause is not None:
-        if not isinstance(cause, json_format.Error | ValueError | RecursionError):
+        if isinstance(cause, TypeError | AttributeError | SystemError) and str(cause):
             text = text.replace(str(cause), "a value of a wrong type").replace(f"{type(cause).__name__}: ", "")
         cause = cause.__cause__ or cause.__context__
     return " ".join(text.split())[:MAX_TOLD].encode("utf-8", "replace").decode()  # JSON can write what UTF-8 cannot

@@ -96,7 +96,7 @@ class PlainCall:
         if self.over:
             return
         if self._is_answered:
-            self._link.engine.reset(self.stream, CANCEL)
+            self._link.engine.reset(self.stream, NO_ERROR if self.stream.closed_here else CANCEL)
         else:
             answer = self._exchange.cut_off(message)
             self._begin(answer)
@@ -121,6 +121,8 @@ class PlainCall:
                     await room
         engine.end(stream, lingers=True)
         self._link.flush_soon()
+        while (sent := self._link.sent(self)) is not None:
+            await sent
         if not stream.closed_there:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LINGER_SECONDS):

@@ -84,7 +84,7 @@ class Packed(bytes):
 class Deframer:
     """Joins bytes that were cut anywhere to messages of at most `limit` bytes."""
 
-    __slots__ = ("_buffer", "_encoding", "_limit")
+    __slots__ = ("_encoding", "_limit", "_needed", "_parts", "buffered")
 
     def __init__(self, limit: int, encoding: bytes = b"identity") -> None:
         """Take the call's `grpc-encoding`.
@@ -97,12 +97,10 @@ class Deframer:
             raise WireError(UNIMPLEMENTED, f"grpc-encoding is one of identity, deflate, gzip, not {shown}")
         self._limit = limit
         self._encoding = encoding
-        self._buffer = bytearray()
-
-    @property
-    def buffered(self) -> int:
+        self._parts: list[bytes] = []
+        self._needed = PREFIX_BYTES  # bytes, of which the parts are the first, before there is anything to do
+        self.buffered = 0
         """Bytes of the message that is not whole yet."""
-        return len(self._buffer)
 
     def feed(self, data: bytes) -> list[bytes]:
         """Return the messages that are whole with these bytes, each for `opened`.
@@ -112,30 +110,38 @@ class Deframer:
                 its length is known; INTERNAL for what is no message. Nothing is
                 to be fed after it.
         """
-        buffer = self._buffer
-        if not buffer and len(data) >= PREFIX_BYTES:  # one whole message, as nearly always
-            compressed, length = _PREFIX.unpack_from(data)
-            if len(data) == PREFIX_BYTES + length and length <= self._limit:
-                return [self._checked(compressed, data[PREFIX_BYTES:])]
-        buffer += data
+        end = self.buffered + len(data)
+        if end < self._needed:
+            self._parts.append(data)
+            self.buffered = end
+            return []
+        if self._parts:
+            self._parts.append(data)
+            data = b"".join(self._parts)
+            self._parts.clear()
         messages: list[bytes] = []
-        start, end = 0, len(buffer)
+        start = 0
         try:
-            while end - start >= PREFIX_BYTES:
-                compressed, length = _PREFIX.unpack_from(buffer, start)
+            while True:
+                self._needed = PREFIX_BYTES
+                if end - start < PREFIX_BYTES:
+                    break
+                compressed, length = _PREFIX.unpack_from(data, start)
                 if length > self._limit:
                     raise self._too_large(length)
-                stop = start + PREFIX_BYTES + length
-                if stop > end:
+                self._needed = PREFIX_BYTES + length
+                if (stop := start + self._needed) > end:
                     break
-                messages.append(self._checked(compressed, bytes(buffer[start + PREFIX_BYTES : stop])))
+                messages.append(self._checked(compressed, data[start + PREFIX_BYTES : stop]))
                 start = stop
         except WireError as error:
             error.messages = messages
             start = end  # else the end of the stream would be one more error
             raise
         finally:
-            del buffer[:start]
+            self.buffered = end - start
+            if self.buffered:
+                self._parts.append(data[start:])
         return messages
 
     def end(self) -> None:
@@ -144,8 +150,8 @@ class Deframer:
         Raises:
             WireError: INTERNAL, a message is not whole.
         """
-        if self._buffer:
-            raise WireError(INTERNAL, f"the stream ended within a message, after {len(self._buffer)} bytes of it")
+        if self.buffered:
+            raise WireError(INTERNAL, f"the stream ended within a message, after {self.buffered} bytes of it")
 
     def opened(self, message: bytes) -> bytes:
         """What a message says. Only for one that is wanted now: a thousandth of its bytes may have come.
