@@ -296,6 +296,26 @@ async def test_a_smaller_request_that_comes_later_goes_before_the_rest_of_a_larg
     assert [batch[0][0] for batch in engine.batches] == [1, 2, 2, 1, 1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("bulks", [1, 4, 16])
+async def test_a_single_row_waits_for_no_whole_bulk_request_however_far_they_are(bulks: int) -> None:
+    """Also when one of them has just been finished, and the others are nearly as far in virtual time."""
+    engine = Engine(held=True)
+    async with batcher_of(engine, max_batch_size=4, max_queue_size=10_000) as batcher:
+        large = [future for _ in range(bulks) for future in batcher.enqueue([[1] * 4] * 20)]
+        first = batcher.enqueue([[2] * 4] * 19 + [[2] * 3])
+        for _ in first:
+            await engine.begun()
+            engine.let_go()
+        await engine.begun()  # the one behind
+        single = batcher.enqueue([[9]])
+        await asyncio.sleep(0)
+        before = len(engine.batches)
+        engine.let_go(1000)
+        await asyncio.gather(*single)
+        assert [batch for batch in engine.batches[before : before + 2] if [9] in batch]
+        await asyncio.gather(*large, *first)
+
+
 async def test_large_requests_without_end_do_not_starve_a_larger_one() -> None:
     engine = Engine()
     async with batcher_of(engine, max_batch_size=4) as batcher:

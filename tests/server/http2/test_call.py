@@ -290,6 +290,26 @@ async def test_a_deadline_also_ends_a_call_whose_answer_nobody_takes(server: Dig
     client.close()
 
 
+async def test_the_status_of_a_deadline_has_no_details_of_another_one(server: DigitServer, golden: Golden) -> None:
+    client = await RawClient.to(server, window=0)
+    frames = pb.ClassifyRequest(pixels=golden[0][0].tobytes())
+    good = wire.framed(pb.StreamClassifyRequest(frames=frames).SerializeToString())
+    bad = wire.framed(b"\xff\xff\xff")
+    client.send(client.head(1, STREAM_CLASSIFY, ("grpc-timeout", "300m")), frame(DATA, END_STREAM, 1, good + bad))
+    await client.frames_until(HEADERS)
+    status = await client.status()
+    assert status == {"grpc-status": "4", "grpc-message": "Deadline Exceeded"}
+    client.close()
+
+
+async def test_what_comes_behind_a_broken_message_does_not_change_what_is_said_of_it(server: DigitServer) -> None:
+    client = await RawClient.to(server)
+    half = wire.framed(bytes(100))[:50]
+    client.send(client.head(1, STREAM_CLASSIFY), frame(DATA, END_STREAM, 1, wire.framed(b"\xff\xff\xff") + half))
+    assert (await client.status())["grpc-status"] == "3"
+    client.close()
+
+
 @pytest.mark.parametrize("accepted", ["identity", "", "deflate,br"])
 async def test_answers_are_compressed_only_for_those_who_say_that_they_take_it(
     accepted: str, server: DigitServer, golden: Golden

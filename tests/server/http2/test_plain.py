@@ -24,6 +24,7 @@ import grpc
 import h2.config
 import h2.connection
 import h2.events
+import h2.settings
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -399,6 +400,8 @@ BAD_JSON = {
     "no base64": (b'{"pixels": "A"}', "body"),
     "no UTF-8": (b'{"pixels": "\xff"}', "body"),
     "deep": (b"[" * 100_000, "body"),
+    "half a list": (b"[", "body"),
+    "no value": (b'{"pixels": }', "body"),
     "half a character": (b'{"\\ud800": 1, "\\ud800": 2}', "body"),
     "half a character alone": (b'{"\\ud800": 1}', "body"),
     "pixels that are a number": (b'{"pixels": 5}', "body"),
@@ -422,6 +425,7 @@ async def test_bad_json_is_answered_with_a_status_that_names_the_field(name: str
         assert detail["@type"] == "type.googleapis.com/google.rpc.BadRequest"
         assert detail["fieldViolations"] == [{"field": field, "description": reply.json["message"]}]
         assert len(reply.body) < 2000
+        assert "of a wrong type column" not in reply.json["message"], "where the parser stopped"
         assert not re.search("Error|object|operand|method|concatenate", reply.json["message"]), "no words of Python"
         assert (await client.ask("GET", "/healthz")).status == 200
 
@@ -746,6 +750,45 @@ async def test_a_body_of_another_length_than_announced_is_refused(length: str, s
         assert reply.json["message"].startswith(f"content-length: a body of {length} bytes was announced, 20 came")
 
 
+async def test_an_answer_that_waits_for_the_window_comes_whole_whatever_becomes_of_the_body(served: Served) -> None:
+    async with Http2.to(served) as client:
+        client.h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 0})
+        client.flush()
+        number = client.begin("POST", "/nothing")
+        while not client.events[number]:
+            await client.more()
+        client.h2.send_data(number, b"", end_stream=True)
+        client.flush()
+        client.h2.ping(bytes(8))
+        client.flush()
+        await client.more()
+        client.h2.increment_flow_control_window(1000, number)
+        client.flush()
+        reply = await client.reply(number)
+        assert (reply.status, reply.json["code"]) == (404, 5)
+        assert not any(isinstance(event, h2.events.StreamReset) for event in client.events[number])
+
+
+async def test_requests_that_are_sent_ahead_are_not_taken_in(served: Served) -> None:
+    request = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
+    answered = 0
+    async with Http1.to(served) as client:
+        client.writer.transport.set_write_buffer_limits(high=0)
+        sending = asyncio.create_task(send_for_ever(client, request * 5000))
+        for _ in range(300):
+            assert (await client.reply()).status == 200
+            answered += 1
+        (connection,) = served.server._server.connections
+        assert len(connection._http.trailing_data[0]) < 1_000_000, "what came was taken in as if it were asked for"
+        sending.cancel()
+
+
+async def send_for_ever(client: Http1, data: bytes) -> None:
+    while True:
+        client.send(data)
+        await client.writer.drain()
+
+
 async def test_work_that_takes_long_lets_others_have_a_turn(
     kind: Any, served: Served, golden_files: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -890,6 +933,19 @@ async def test_a_connection_that_is_too_old_ends_with_its_next_answer() -> None:
     async with server_of(loaded=False, max_connection_age=0.05) as served, Http1.to(served) as client:
         assert (await client.ask("GET", "/healthz")).status == 503
         assert await client.is_closed()
+
+
+async def test_a_body_that_is_not_whole_at_the_end_of_a_connection_s_age_is_answered(kind: Any) -> None:
+    age: dict[str, Any] = {"max_connection_age": 0.3, "max_connection_age_grace": 0.1}
+    async with server_of(**age) as served, kind.to(served) as client:
+        if kind is Http1:
+            client.send(
+                b"POST /v1/classify HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\ncontent-length: 9\r\n\r\n1"
+            )
+            reply = await client.reply()
+        else:
+            reply = await client.reply(client.begin("POST", "/v1/classify", [("content-type", "image/png")]))
+        assert (reply.status, reply.json["code"]) == (503, 14)
 
 
 async def test_who_waits_at_the_end_of_a_connection_s_age_is_told_so(
