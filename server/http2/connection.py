@@ -309,6 +309,10 @@ class Connection(asyncio.Protocol):
         """Whether all has been said, and only the client's farewell is missing."""
         return self._transport.is_closing() and not self._transport.get_write_buffer_size()
 
+    def abort(self) -> None:
+        """Close without a farewell."""
+        self._transport.abort()
+
     def close(self) -> None:
         """Send what is queued, and close."""
         self._flush()

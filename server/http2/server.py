@@ -148,6 +148,14 @@ class Http2Server:
             await asyncio.wait(tasks)
         for connection in list(self.connections):
             connection.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FAREWELL_SECONDS / 10):  # what is queued goes out
+                while self.connections:
+                    self._one_gone.clear()
+                    await self._one_gone.wait()
+        for connection in list(self.connections):
+            connection.abort()
+        await asyncio.sleep(0)
         self._listening.clear()
 
     async def _wait_until_gone(self) -> None:

@@ -1009,6 +1009,7 @@ async def test_a_client_that_does_not_say_farewell_holds_up_no_stop(kind: Any, c
         client.writer.transport.pause_reading()
         async with asyncio.timeout(TIMEOUT):
             await served.server.stop(grace=10 * TIMEOUT)
+        client.writer.transport.abort()
 
 
 async def test_plain_text_at_a_port_of_tls_gets_nothing(certificate: dict[str, Any]) -> None:
