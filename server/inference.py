@@ -108,31 +108,22 @@ class Classifier:
         return self._one_image is not None
 
     def predict(self, rows: Rows) -> Scores:
-        """Return the scores of a block of images.
-
-        In one thread: more of them would fight over the cores with the rest of
-        a server this small. That is said here because OpenMP knows it of the
-        thread that says it, and of no other.
-        """
+        """Return the scores of a block of images."""
         if rows.dtype == np.uint8:
             pixels = cast(_Pixels, rows)
             if self._one_image is not None and len(rows) == 1:
                 return self._one_image(pixels[0])
             return self._predict_pixels([pixels])
-        torch.set_num_threads(1)
         return self._predict_features(cast(_Array, rows))
 
     def run_batch(self, blocks: Sequence[Rows]) -> list[Scores]:
         """Classify blocks of pixels and of features together; `run_batch` of a DynamicBatcher."""
         if len(blocks) == 1:
             return [self.predict(blocks[0])]
-        kinds = {block.dtype for block in blocks}
-        if len(kinds) > 1:
-            scores = self.predict(np.concatenate([self._features(block) for block in blocks]))
-        elif kinds == {np.dtype(np.uint8)}:
+        if all(block.dtype == np.uint8 for block in blocks):
             scores = self._predict_pixels(cast(Sequence[_Pixels], blocks))
         else:
-            scores = self.predict(cast(_Array, np.concatenate(blocks)))
+            scores = self._predict_features(np.concatenate([self._features(block) for block in blocks]))
         ends = itertools.accumulate(len(block) for block in blocks)
         return [scores[end - len(block) : end] for block, end in zip(blocks, ends, strict=True)]
 
@@ -144,7 +135,7 @@ class Classifier:
 
     @torch.inference_mode()
     def _predict_pixels(self, blocks: Sequence[_Pixels]) -> Scores:
-        torch.set_num_threads(1)
+        _use_one_thread()
         if self._layers is None:
             return self._predict_features(self._features(np.concatenate(blocks)))
         # Joined and cast in one go: between two steps another thread may take the interpreter.
@@ -157,6 +148,7 @@ class Classifier:
 
     @torch.inference_mode()
     def _predict_features(self, features: _Array) -> Scores:
+        _use_one_thread()
         # torch warns of arrays that it may not write to, such as views of a message; nothing here writes.
         features = features if features.flags.writeable else features.copy()
         x = torch.from_numpy(features).to(self._device)
@@ -175,6 +167,14 @@ class Classifier:
         probabilities /= total
         digit_scores = (largest / self._temperature + np.log(total))[:, 0]
         return Scores(logits.argmax(axis=1).astype(np.uint8), probabilities, logits, digit_scores, *self._common)
+
+
+def _use_one_thread() -> None:
+    """More of them would fight over the cores with the rest of a server this small.
+
+    Said before each forward, as OpenMP knows it of the thread that says it, and of no other.
+    """
+    torch.set_num_threads(1)
 
 
 class _OneImage:

@@ -14,7 +14,7 @@ from server.http2.engine import ENHANCE_YOUR_CALM, EVERY_STREAM, PREFACE, Engine
 from server.http2.head import Head
 from server.http2.hpack import encode
 from server.http2.link import Begun
-from server.http2.peers import peer_of
+from server.http2.peers import PeerProtocol, peer_of
 from server.http2.plain_call import PlainCall
 from server.http2.wire import WireError
 
@@ -38,7 +38,7 @@ One that sleeps holds up no stop.
 TOO_OLD = "the connection has reached its greatest age, and its calls had their grace"
 
 
-class Connection(asyncio.Protocol):
+class Connection(PeerProtocol):
     """A client's connection. Also the `Sink` of its engine, and the `Link` of its calls."""
 
     def __init__(self, server: Http2Server) -> None:
@@ -47,7 +47,6 @@ class Connection(asyncio.Protocol):
         self.peer = "unknown"
         self.calls: set[Call | PlainCall] = set()
         """Those whose handlers run."""
-        self._transport: asyncio.Transport
         self._begun = b""  # what came before it was known to be HTTP/2
         self._is_http2 = False
         self._flushing = False
@@ -304,20 +303,10 @@ class Connection(asyncio.Protocol):
         if self._draining:
             self._settle()
 
-    @property
-    def is_leaving(self) -> bool:
-        """Whether all has been said, and only the client's farewell is missing."""
-        return self._transport.is_closing() and not self._transport.get_write_buffer_size()
-
-    def abort(self) -> None:
-        """Close without a farewell."""
-        self._transport.abort()
-
     def close(self) -> None:
         """Send what is queued, and close."""
         self._flush()
-        if not self._transport.is_closing():  # to close twice would lose what asyncio's TLS still has to say
-            self._transport.close()
+        self._say_farewell()
 
     def _close_if_done(self) -> None:
         has_unsent = self.engine.has_unsent and not self._is_cut_off

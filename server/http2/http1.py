@@ -24,7 +24,7 @@ import h11
 
 from server import limits
 from server.http2.connection import TOO_OLD, TURN_SECONDS
-from server.http2.peers import peer_of
+from server.http2.peers import PeerProtocol, peer_of
 from server.http2.plain import LINGER_SECONDS, Answer, Exchange, Request, Routes, broken, head_too_large
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Work:
             self._connection.answered(self, task.result())
 
 
-class Http1Connection(asyncio.Protocol):
+class Http1Connection(PeerProtocol):
     """A client's connection, from its first bytes on."""
 
     def __init__(self, server: Http2Server, routes: Routes) -> None:
@@ -73,7 +73,6 @@ class Http1Connection(asyncio.Protocol):
         """The request whose answer is being made, if there is one."""
         self._routes = routes
         self._peer = "unknown"
-        self._transport: asyncio.Transport
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=limits.MAX_METADATA_BYTES)
         self._exchange: Exchange | None = None  # of the request that has begun and is not answered
         self._refusal: Answer | None = None  # sent once it is known whether the body is here already
@@ -353,18 +352,8 @@ class Http1Connection(asyncio.Protocol):
         self._watch_reader()
         self._later("input", LINGER_SECONDS, self.close)
 
-    @property
-    def is_leaving(self) -> bool:
-        """Whether all has been said, and only the client's farewell is missing."""
-        return self._transport.is_closing() and not self._transport.get_write_buffer_size()
-
-    def abort(self) -> None:
-        """Close without a farewell."""
-        self._transport.abort()
-
     def close(self) -> None:
         """Send what is queued, and close."""
         self._closing = True
-        if not self._transport.is_closing():  # to close twice would lose what asyncio's TLS still has to say
-            self._transport.close()
+        self._say_farewell()
         self._later("reader", SILENCE_SECONDS, self._transport.abort)

@@ -99,6 +99,12 @@ class RawClient:
         last = (await self.frames_until(HEADERS, END_STREAM))[-1]
         return dict(self.decoder.decode(last[3]))  # type: ignore[arg-type]
 
+    async def blocks(self) -> list[pb.FrameBlock]:
+        """All that the only open stream is answered, up to its end."""
+        answered = b"".join(it[3] for it in await self.frames_until(HEADERS, END_STREAM) if it[0] == DATA)
+        messages = wire.Deframer(len(answered)).feed(answered)
+        return [block for each in messages for block in pb.StreamClassifyResponse.FromString(each).blocks]
+
     def close(self) -> None:
         self.writer.close()
 
@@ -269,13 +275,7 @@ async def test_empty_messages_are_bounded_by_the_window_too(server: DigitServer)
     given = [it for it in await client.frames_until(PING, ACK) if it[0] == WINDOW_UPDATE and it[2] == 1]
     assert not given
     client.send(frame(WINDOW_UPDATE, 0, 1, (1 << 24).to_bytes(4)), frame(DATA, END_STREAM, 1, b""))
-    answered = b"".join(it[3] for it in await client.frames_until(HEADERS, END_STREAM) if it[0] == DATA)
-    blocks = 0
-    while answered:
-        length = int.from_bytes(answered[1:5])
-        blocks += len(pb.StreamClassifyResponse.FromString(answered[5 : 5 + length]).blocks)
-        answered = answered[5 + length :]
-    assert blocks == 9000
+    assert len(await client.blocks()) == 9000
     client.close()
 
 
@@ -431,15 +431,7 @@ async def test_a_stream_whose_answers_nobody_reads_stops_its_sender(server: Digi
         assert sent < 4 << 20, "the sender was never stopped"
     client.send(frame(WINDOW_UPDATE, 0, 1, (1 << 20).to_bytes(4)))  # it reads again, and all comes
     client.send(frame(DATA, END_STREAM, 1, b""))
-    answered = b"".join(
-        content for kind, _, _, content in await client.frames_until(HEADERS, END_STREAM) if kind == DATA
-    )
-    blocks = 0
-    while answered:
-        length = int.from_bytes(answered[1:5])
-        blocks += len(pb.StreamClassifyResponse.FromString(answered[5 : 5 + length]).blocks)
-        answered = answered[5 + length :]
-    assert blocks == sent // len(message)
+    assert len(await client.blocks()) == sent // len(message)
     client.close()
 
 
@@ -490,14 +482,10 @@ async def test_frames_that_come_together_are_answered_whatever_the_limits_are(
         for number in range(60)
     )
     client.send(client.head(1, STREAM_CLASSIFY), frame(DATA, END_STREAM, 1, messages))
-    answered = b"".join(it[3] for it in await client.frames_until(HEADERS, END_STREAM) if it[0] == DATA)
     digits: list[int] = []
-    while answered:
-        length = int.from_bytes(answered[1:5])
-        for block in pb.StreamClassifyResponse.FromString(answered[5 : 5 + length]).blocks:
-            assert block.first_sequence == len(digits)
-            digits += block.result.digits
-        answered = answered[5 + length :]
+    for block in await client.blocks():
+        assert block.first_sequence == len(digits)
+        digits += block.result.digits
     assert digits == golden[1] * 3
     client.close()
     await running.stop(grace=0)
