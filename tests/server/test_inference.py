@@ -13,7 +13,7 @@ from digits.checkpoint import Checkpoint, Manifest, load_checkpoint, save_checkp
 from digits.network import CNN, ImprovedNN
 from digits.preprocessing import normalize
 from digits.snapshot import InvalidCheckpoint, take_snapshot
-from server.inference import CACHED_ROWS, Classifier, UnfitModel, check_golden, load_classifier
+from server.inference import CACHED_ROWS, MANY_ROWS, Classifier, UnfitModel, check_golden, load_classifier
 from server.inputs import Rows
 from server.settings import EMBEDDED_WEIGHTS
 
@@ -192,7 +192,7 @@ def test_a_model_of_other_things_need_not_read_digits_but_gives_numbers(tmp_path
     assert load_classifier(take_snapshot(weights), max_batch_size=4).checkpoint.manifest.labels[1] == "bag"
     classifier = classifier_of(fashion)
     with torch.no_grad():
-        classifier._layers[0][1][0] = float("nan")  # type: ignore[index]
+        classifier.checkpoint.network.get_parameter("fc3.bias")[0] = float("nan")
     with pytest.raises(UnfitModel, match="weights: a model gives probabilities"):
         check_golden(classifier, "weights")
 
@@ -224,6 +224,24 @@ def test_weights_below_the_least_accuracy_are_not_served(accuracy: float | None,
         load_classifier(take_snapshot(weights), max_batch_size=4, min_accuracy=0.99)
     save_checkpoint(weights, checkpoint.network, Manifest(test_accuracy=0.99))
     assert load_classifier(take_snapshot(weights), max_batch_size=4, min_accuracy=0.99).checkpoint.parameter_count
+
+
+@pytest.mark.parametrize("has_onednn", [True, False])
+def test_an_image_is_read_alike_among_any_number_of_others(
+    has_onednn: bool, golden: Golden, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One goes through NumPy, a few through torch's products, and many through oneDNN's, if torch has it."""
+    if not has_onednn:
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    classifier = Classifier(load_checkpoint(EMBEDDED_WEIGHTS))
+    pixels = np.resize(golden[0], (2 * MANY_ROWS, 784))
+    with torch.inference_mode():
+        expected = classifier.checkpoint.network(torch.from_numpy(normalize(pixels))).numpy()
+    for count in (1, 2, MANY_ROWS - 1, MANY_ROWS, 2 * MANY_ROWS):
+        for rows in (pixels[:count], normalize(pixels[:count])):
+            scores = classifier.predict(rows)
+            np.testing.assert_allclose(scores.logits, expected[:count], rtol=1e-4, atol=1e-4)
+            assert scores.digits.tolist() == expected[:count].argmax(axis=1).tolist()
 
 
 def test_folded_layers_say_of_pixels_what_the_network_says_of_features(golden: Golden) -> None:
