@@ -79,7 +79,7 @@ COMPANY_SECONDS = 0.002
 PART_ROWS = 64
 """A large request is cut into parts of so many rows, so that a batch has room for parts of other callers."""
 
-INLINE_SIZE = 32
+INLINE_SIZE = 64
 """Batches of up to this many images run on the event loop, if the model is quick (docs/design.md has the figures)."""
 
 

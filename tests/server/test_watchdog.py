@@ -17,6 +17,7 @@ from protos.mnist.v1 import digit_classifier_pb2_grpc as pb_grpc
 from server.app import build_server
 from server.inference import Classifier, Scores
 from server.inputs import Rows
+from server.service import INLINE_SIZE
 from server.settings import Settings
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -25,14 +26,14 @@ TIMEOUT = 30
 
 
 class Stall:
-    """Holds up batches of more than 32 images, which run in a thread, until it is let go."""
+    """Holds up batches that run in a thread, as these are too large for the loop, until it is let go."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._go = threading.Event()
         run_batch = Classifier.run_batch
 
         def stalled(classifier: Classifier, blocks: Sequence[Rows]) -> list[Scores]:
-            if sum(len(block) for block in blocks) > 32:
+            if sum(len(block) for block in blocks) > INLINE_SIZE:
                 assert self._go.wait(TIMEOUT)
             return run_batch(classifier, blocks)
 
@@ -62,12 +63,12 @@ async def test_health_says_not_serving_while_a_batch_is_stuck_and_serving_afterw
     watch = health.Watch(health_pb2.HealthCheckRequest(service="mnist.v1.DigitClassifier"), timeout=TIMEOUT)
     assert (await watch.read()).status == SERVING
     classifier: Any = pb_grpc.DigitClassifierStub(channel)
-    call = classifier.Classify(pb.ClassifyRequest(pixels=np.zeros((64, 784), np.uint8).tobytes()), timeout=TIMEOUT)
+    call = classifier.Classify(pb.ClassifyRequest(pixels=np.zeros((2 * INLINE_SIZE, 784), np.uint8).tobytes()), timeout=TIMEOUT)
     assert (await watch.read()).status == NOT_SERVING
     assert (await health.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT)).status == NOT_SERVING
     assert not call.done()
     stall.end()
-    assert len((await call).digits) == 64
+    assert len((await call).digits) == 2 * INLINE_SIZE
     assert (await watch.read()).status == SERVING
 
 
@@ -77,7 +78,7 @@ async def test_calls_that_a_stuck_engine_keeps_waiting_end_at_their_deadlines_an
     channel, stall = stalling
     classifier: Any = pb_grpc.DigitClassifierStub(channel)
     image = pb.ClassifyRequest(pixels=bytes(784))
-    stuck = classifier.Classify(pb.ClassifyRequest(pixels=bytes(64 * 784)), timeout=TIMEOUT)
+    stuck = classifier.Classify(pb.ClassifyRequest(pixels=bytes(2 * INLINE_SIZE * 784)), timeout=TIMEOUT)
     for _ in range(5):  # when later calls are answered, the one before has arrived
         await classifier.GetModel(pb.GetModelRequest(), timeout=TIMEOUT)
     impatient = [classifier.Classify(image, timeout=0.3) for _ in range(100)]
