@@ -41,8 +41,8 @@ SETTLE_SECONDS = 0.2
 CONNECTED, STALLED = "connected", "stalled"
 """Files by which the load and the scenario wait for each other."""
 
-STALLS = {"in a thread": 64, "on the event loop": 1}
-"""Rows of the request that stalls; a small batch is computed on the event loop itself."""
+STALLS = {"in a thread": 128, "on the event loop": 1}
+"""Rows of the request that stalls; up to `server.service.INLINE_SIZE` are computed on the event loop itself."""
 
 
 @dataclass(frozen=True)

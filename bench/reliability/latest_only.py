@@ -32,8 +32,8 @@ TOO_FAST = 10
 """How many messages come in that time."""
 PATIENT = 5
 """Messages before the first that wants the latest only: they are answered, however late."""
-PLACES = {"in a thread": 40, "on the event loop": 1}
-"""Frames of a message, and where a batch of so many is computed."""
+PLACES = {"in a thread": 80, "on the event loop": 1}
+"""Frames of a message, and where a batch of so many is computed: up to `server.service.INLINE_SIZE` on the loop."""
 ABORTED = 10
 
 

@@ -35,6 +35,7 @@ from server import tracing
 from server.app import DigitServer
 from server.errors import CannotServe
 from server.inference import Classifier
+from server.service import INLINE_SIZE
 from server.settings import Settings
 
 Golden = tuple[npt.NDArray[np.uint8], list[int]]
@@ -220,10 +221,10 @@ async def test_an_instrumented_sdk_streams_as_ever(golden: Golden, spans: InMemo
 async def test_a_batch_links_to_all_its_calls_and_they_link_to_it(
     golden: Golden, spans: InMemorySpanExporter, stalled: threading.Event
 ) -> None:
-    # 33 images are computed in a thread, so that the loop goes on while the model is stalled.
+    # So many images are computed in a thread, so that the loop goes on while the model is stalled.
     async with traced_server(spans) as server, grpc.aio.insecure_channel(server.address) as channel:
         stub = stub_at(channel)
-        images = pb.ClassifyRequest(pixels=golden[0][:1].tobytes() * 33)
+        images = pb.ClassifyRequest(pixels=golden[0][:1].tobytes() * (INLINE_SIZE + 1))
         first = stub.Classify(images, timeout=TIMEOUT)
         await arrived(stub)
         others = [stub.Classify(request(golden, rows), timeout=TIMEOUT) for rows in (1, 2, 3)]
@@ -234,7 +235,7 @@ async def test_a_batch_links_to_all_its_calls_and_they_link_to_it(
     calls = {id_of(span): span for span in by_name(spans, CLASSIFY)}
     assert len(calls) == 4
     assert len({trace_of(span) for span in calls.values()}) == 4
-    assert [attributes_of(batch)["mnist_grpc.rows"] for batch in (lone, shared)] == [33, 6]
+    assert [attributes_of(batch)["mnist_grpc.rows"] for batch in (lone, shared)] == [INLINE_SIZE + 1, 6]
     assert attributes_of(shared)["mnist_grpc.items"] == 3
     linked: dict[int, Any] = {link.context.span_id: dict(link.attributes or {}) for link in shared.links}
     assert sorted(link["mnist_grpc.rows"] for link in linked.values()) == [1, 2, 3]
@@ -296,7 +297,7 @@ async def test_a_call_that_its_caller_leaves_ends_its_span_and_is_still_linked(
 ) -> None:
     async with traced_server(spans) as server, grpc.aio.insecure_channel(server.address) as channel:
         stub = stub_at(channel)
-        call = stub.Classify(pb.ClassifyRequest(pixels=golden[0][:1].tobytes() * 33), timeout=TIMEOUT)
+        call = stub.Classify(pb.ClassifyRequest(pixels=golden[0][:1].tobytes() * (INLINE_SIZE + 1)), timeout=TIMEOUT)
         await arrived(stub)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
