@@ -65,5 +65,7 @@ def _series(runs: Sequence[dict[str, Any]], axis: str) -> dict[str, list[dict[st
     others = {"callers": "images", "images": "callers", "rate": "images"}
     series: dict[str, list[dict[str, Any]]] = {}
     for run in sorted(runs, key=lambda run: float(run[axis])):
-        series.setdefault(f"{run['kind']}, {run[others[axis]]} {others[axis]}", []).append(run)
+        what = others[axis]
+        things = what.removesuffix("s") if run[what] == 1 else what
+        series.setdefault(f"{run['kind']}, {run[what]:,} {things}", []).append(run)
     return series
