@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, log
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from digits.checkpoint import Checkpoint, Manifest, parse_checkpoint
 from digits.network import ImprovedNN
@@ -27,6 +29,9 @@ GOLDEN_NEEDED = 0.9
 Not 1: weights made elsewhere may differ from ours on a digit or two.
 """
 
+GOLDEN_TOGETHER = (1, 5, 20)
+"""The golden digits are read in batches of so many: alone, few and many images are computed in different ways."""
+
 REFUSED_AT_MOST = 0.5
 """The share of golden digits that may score below the model's own threshold."""
 
@@ -39,6 +44,10 @@ CACHED_ROWS = 32
 MANY_ROWS = 16
 """Images from which oneDNN's products pay, where torch has it: on an AMD EPYC (Zen 5) 0.51 ms for 256 images and
 0.05 for two, MKL's 1.12 and 0.03, as that one leaves half of the width of such a processor unused."""
+
+ROWS = (MANY_ROWS, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+"""A batch has as many rows there, the last ones empty, and a larger one is several: oneDNN compiles a product for each
+number of rows and keeps it, which takes milliseconds and 2 MB."""
 
 _CLASS_NUMBERS = np.arange(len(DIGITS), dtype=np.uint8)
 _CLASS_NUMBERS.flags.writeable = False
@@ -118,6 +127,14 @@ class Classifier:
         """Whether an image takes so little that a few of them need no thread, as with an ImprovedNN on a CPU."""
         return self._one_image is not None
 
+    def warm_up(self, max_batch_size: int) -> None:
+        """Have all that is compiled or laid out at first use be done, for batches of up to so many."""
+        sizes = {1, max_batch_size}
+        if self.is_quick:
+            sizes.update(rows for rows in ROWS if rows <= max_batch_size)
+        for count in sorted(sizes):
+            self.predict(np.zeros((count, PIXELS), np.uint8))
+
     def predict(self, rows: Rows) -> Scores:
         """Return the scores of a block of images."""
         if rows.dtype == np.uint8:
@@ -149,9 +166,12 @@ class Classifier:
         if self._of_pixels is None:
             return self._predict_features(self._features(np.concatenate(blocks)))
         _use_one_thread()
+        count = sum(map(len, blocks))
+        pixels = np.empty((self._of_pixels.rows_for(count), PIXELS), np.float32)
         # Joined and cast in one go: between two steps another thread may take the interpreter.
-        pixels = np.concatenate(blocks, dtype=np.float32, casting="unsafe")
-        return self._scores(self._of_pixels(torch.from_numpy(pixels).to(self._device)).cpu().numpy())
+        np.concatenate(blocks, out=pixels[:count], casting="unsafe")
+        pixels[count:] = 0
+        return self._scores(self._of_pixels(torch.from_numpy(pixels).to(self._device))[:count].cpu().numpy())
 
     @torch.inference_mode()
     def _predict_features(self, features: _Array) -> Scores:
@@ -160,7 +180,9 @@ class Classifier:
         features = features if features.flags.writeable else features.copy()
         x = torch.from_numpy(features).to(self._device)
         if self._of_features is not None:
-            return self._scores(self._of_features(x).cpu().numpy())
+            more = self._of_features.rows_for(len(x)) - len(x)
+            padded = functional.pad(x, (0, 0, 0, more)) if more else x
+            return self._scores(self._of_features(padded)[: len(x)].cpu().numpy())
         if self._device.type == "cpu":
             return self._scores(torch.cat([self._network(part) for part in torch.split(x, CACHED_ROWS)]).numpy())
         return self._scores(self._network(x).cpu().numpy())
@@ -196,20 +218,31 @@ class _Perceptron:
             lay_out = torch.ops.mkldnn._reorder_linear_weight
             self._laid_out = [(lay_out(weights), bias) for weights, bias in layers]
 
+    def rows_for(self, count: int) -> int:
+        """In how many rows so many images are to be handed in; what the rows behind them hold is all the same."""
+        if not self._laid_out or count < MANY_ROWS:
+            return count
+        whole, rest = divmod(count, ROWS[-1])
+        return whole * ROWS[-1] + (ROWS[bisect_left(ROWS, rest)] if rest else 0)
+
     def __call__(self, x: Tensor) -> Tensor:
-        """Logits `float32[n, 10]` of `float32[n, 784]`."""
+        """Logits `float32[n, 10]` of `float32[n, 784]`, where n is as `rows_for` says."""
         if self._laid_out and len(x) >= MANY_ROWS:
-            # As torch's own compiler calls it: a product, its bias and ReLU in one step.
-            product = torch.ops.mkldnn._linear_pointwise
-            (w1, b1), (w2, b2), (w3, b3) = self._laid_out
-            x = product(x, w1, b1, "relu", [], "")  # (n, 256)
-            x = product(x, w2, b2, "relu", [], "")  # (n, 128)
-            logits: Tensor = product(x, w3, b3, "none", [], "")  # (n, 10)
-            return logits
+            parts = [self._many(part) for part in torch.split(x, ROWS[-1])]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
         (w1, b1), (w2, b2), (w3, b3) = self._layers
         x = torch.addmm(b1, x, w1).relu_()  # (n, 256)
         x = torch.addmm(b2, x, w2).relu_()  # (n, 128)
         return torch.addmm(b3, x, w3)  # (n, 10)
+
+    def _many(self, x: Tensor) -> Tensor:
+        # As torch's own compiler calls it: a product, its bias and ReLU in one step.
+        product = torch.ops.mkldnn._linear_pointwise
+        (w1, b1), (w2, b2), (w3, b3) = self._laid_out
+        x = product(x, w1, b1, "relu", [], "")  # (n, 256)
+        x = product(x, w2, b2, "relu", [], "")  # (n, 128)
+        logits: Tensor = product(x, w3, b3, "none", [], "")  # (n, 10)
+        return logits
 
 
 class _OneImage:
@@ -303,8 +336,7 @@ def load_classifier(
         )
     try:
         classifier = Classifier(checkpoint, device)
-        for n in (1, max_batch_size):
-            classifier.predict(np.zeros((n, PIXELS), np.uint8))
+        classifier.warm_up(max_batch_size)
     except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it does not have
         raise UnfitModel(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
     check_golden(classifier, snapshot.path)
@@ -314,24 +346,32 @@ def load_classifier(
 def check_golden(classifier: Classifier, name: str) -> None:
     """Raise UnfitModel unless the model reads the golden digits as digits, or tells other things and gives numbers."""
     pixels, labels = golden_digits()
-    with np.errstate(all="ignore"):  # what is not finite is told below
-        scores = classifier.predict(pixels)
-    finite = bool(np.isfinite(scores.probabilities).all())
-    if scores.labels:
+    for count in GOLDEN_TOGETHER:
+        batches = [pixels[first : first + count] for first in range(0, len(pixels), count)]
+        with np.errstate(all="ignore"):  # what is not finite is told
+            _check_scores([classifier.predict(batch) for batch in batches], labels, name)
+
+
+def _check_scores(scores: Sequence[Scores], labels: _Pixels, name: str) -> None:
+    """Raise UnfitModel unless these are what a good model says of the golden digits."""
+    finite = all(np.isfinite(part.probabilities).all() for part in scores)
+    if scores[0].labels:
         if not finite:
             raise UnfitModel(f"{name}: a model gives probabilities, this one gives what is no number")
         return
-    right = int((scores.digits == labels).sum())
+    right = int((np.concatenate([part.digits for part in scores]) == labels).sum())
     if not finite or right < GOLDEN_NEEDED * len(labels):
         raise UnfitModel(
             f"{name}: a model reads at least {GOLDEN_NEEDED:.0%} of the {len(labels)} golden digits, "
             f"this one reads {right}"
         )
-    if scores.digit_threshold is not None:
-        refused = int((scores.digit_scores < scores.digit_threshold).sum())
+    threshold = scores[0].digit_threshold
+    if threshold is not None:
+        digit_scores = np.concatenate([part.digit_scores for part in scores])
+        refused = int((digit_scores < threshold).sum())
         if refused > REFUSED_AT_MOST * len(labels):
             raise UnfitModel(
                 f"{name}: a model takes at most {REFUSED_AT_MOST:.0%} of the {len(labels)} golden digits for no digit, "
-                f"this one takes {refused}: the digit_threshold of {scores.digit_threshold:g} in its manifest is too "
-                f"high, their scores are {scores.digit_scores.min():.3g} to {scores.digit_scores.max():.3g}"
+                f"this one takes {refused}: the digit_threshold of {threshold:g} in its manifest is too "
+                f"high, their scores are {digit_scores.min():.3g} to {digit_scores.max():.3g}"
             )

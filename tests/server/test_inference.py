@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,22 @@ from digits.checkpoint import Checkpoint, Manifest, load_checkpoint, save_checkp
 from digits.network import CNN, ImprovedNN
 from digits.preprocessing import normalize
 from digits.snapshot import InvalidCheckpoint, take_snapshot
-from server.inference import CACHED_ROWS, MANY_ROWS, Classifier, UnfitModel, check_golden, load_classifier
+from server.inference import (
+    CACHED_ROWS,
+    MANY_ROWS,
+    ROWS,
+    Classifier,
+    Scores,
+    UnfitModel,
+    check_golden,
+    load_classifier,
+)
 from server.inputs import Rows
 from server.settings import EMBEDDED_WEIGHTS
 
 Golden = tuple[npt.NDArray[np.uint8], list[int]]
 
+ROOT = Path(__file__).parents[2]
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 784), np.uint8)
 
 
@@ -234,14 +246,48 @@ def test_an_image_is_read_alike_among_any_number_of_others(
     if not has_onednn:
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     classifier = Classifier(load_checkpoint(EMBEDDED_WEIGHTS))
-    pixels = np.resize(golden[0], (2 * MANY_ROWS, 784))
+    pixels = np.resize(golden[0], (3 * ROWS[-1], 784))
     with torch.inference_mode():
         expected = classifier.checkpoint.network(torch.from_numpy(normalize(pixels))).numpy()
-    for count in (1, 2, MANY_ROWS - 1, MANY_ROWS, 2 * MANY_ROWS):
+    for count in (1, 2, MANY_ROWS - 1, MANY_ROWS, MANY_ROWS + 1, ROWS[-1] - 1, ROWS[-1] + 1, 2 * ROWS[-1] + 40):
         for rows in (pixels[:count], normalize(pixels[:count])):
             scores = classifier.predict(rows)
             np.testing.assert_allclose(scores.logits, expected[:count], rtol=1e-4, atol=1e-4)
             assert scores.digits.tolist() == expected[:count].argmax(axis=1).tolist()
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_the_golden_digits_are_read_alone_in_few_and_in_many(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = Classifier(load_checkpoint(EMBEDDED_WEIGHTS))
+    check_golden(classifier, "weights")
+    predict = classifier.predict
+
+    def blind(rows: Rows) -> Scores:  # in batches of one size
+        return predict(np.zeros_like(rows) if len(rows) == count else rows)
+
+    monkeypatch.setattr(classifier, "predict", blind)
+    with pytest.raises(UnfitModel, match="this one reads"):
+        check_golden(classifier, "weights")
+
+
+def test_batches_of_all_sizes_are_computed_in_a_few_that_were_there_before(tmp_path: Path) -> None:
+    """oneDNN keeps 2 MB for each number of rows: 450 MB for those up to 256, before these were made even."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import numpy as np, psutil\n"
+        "from digits.snapshot import take_snapshot\n"
+        "from server.inference import load_classifier\n"
+        "from server.settings import EMBEDDED_WEIGHTS\n"
+        "classifier = load_classifier(take_snapshot(EMBEDDED_WEIGHTS), max_batch_size=256)\n"
+        "pixels = np.zeros((600, 784), np.uint8)\n"
+        "classifier.predict(pixels)\n"
+        "before = psutil.Process().memory_info().rss\n"
+        "for count in range(1, 600):\n"
+        "    classifier.predict(pixels[:count])\n"
+        "print(psutil.Process().memory_info().rss - before)\n"
+    )
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(done.stdout) < 64 << 20
 
 
 def test_folded_layers_say_of_pixels_what_the_network_says_of_features(golden: Golden) -> None:
