@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench.peers.dialects import INPUT, MODEL, OUTPUT
 from bench.peers.peer import SERVERS, CannotStart, Command, Peer, Place
 
-CONFIG = f"""
+
+def model(place: Place, backend: str, instances: int) -> Path:
+    """Configure the model for a backend, and return the folder of its only version."""
+    version = place.folder / "models" / MODEL / "1"
+    version.mkdir(parents=True)
+    (version.parent / "config.pbtxt").write_text(f"""
 name: "{MODEL}"
-backend: "python"
+backend: "{backend}"
 max_batch_size: 256
 input [ {{ name: "{INPUT}" data_type: TYPE_UINT8 dims: [ 784 ] }} ]
 output [ {{ name: "{OUTPUT}" data_type: TYPE_FP32 dims: [ 10 ] }} ]
 dynamic_batching {{ }}
-instance_group [ {{ kind: KIND_CPU count: 1 }} ]
-"""
+instance_group [ {{ kind: KIND_CPU count: {instances} }} ]
+""")
+    return version
+
+
+def backends(place: Place) -> Path:
+    """The folder for the backends that the server finds."""
+    return place.folder / "backends"
+
+
+def serve(place: Place, libraries: Sequence[Path] = (), options: Sequence[str] = ()) -> Command:
+    """What serves the model, and finds shared libraries in these folders, too."""
+    triton = distribution(place.python)
+    arguments = [str(triton / "bin" / "tritonserver"), "--model-repository", str(place.folder / "models")]
+    arguments += ["--backend-directory", str(backends(place)), "--grpc-address", "127.0.0.1"]
+    arguments += ["--grpc-port", place.port, "--allow-http", "false", "--allow-metrics", "false"]
+    arguments += ["--log-info", "false", *options]
+    folders = [triton.parents[1] / "nvidia_pytriton.libs", *libraries]
+    return Command(arguments, {"LD_LIBRARY_PATH": ":".join(map(str, folders))})
 
 
 def distribution(python: Path) -> Path:
@@ -34,18 +57,14 @@ def libpython(place: Place) -> Path:
 
 def start(place: Place) -> Command:
     triton = distribution(place.python)
-    backends, models = place.folder / "backends", place.folder / "models"
-    shutil.copytree(triton / "backends", backends)
+    shutil.copytree(triton / "backends", backends(place))
     version = triton.parents[2].name.removeprefix("python")
-    shutil.copy(triton / "python_backend_stubs" / version / "triton_python_backend_stub", backends / "python")
-    (models / MODEL / "1").mkdir(parents=True)
-    (models / MODEL / "config.pbtxt").write_text(CONFIG)
-    shutil.copy(SERVERS / "triton_model.py", models / MODEL / "1" / "model.py")
-    shutil.copy(SERVERS / "digit_network.py", models / MODEL / "1")
-    arguments = [str(triton / "bin" / "tritonserver"), "--model-repository", str(models)]
-    arguments += ["--backend-directory", str(backends), "--grpc-address", "127.0.0.1", "--grpc-port", place.port]
-    arguments += ["--allow-http", "false", "--allow-metrics", "false", "--log-info", "false"]
-    return Command(arguments, {"LD_LIBRARY_PATH": f"{triton.parents[1] / 'nvidia_pytriton.libs'}:{libpython(place)}"})
+    stub = triton / "python_backend_stubs" / version / "triton_python_backend_stub"
+    shutil.copy(stub, backends(place) / "python")
+    files = model(place, "python", instances=1)
+    shutil.copy(SERVERS / "triton_model.py", files / "model.py")
+    shutil.copy(SERVERS / "digit_network.py", files)
+    return serve(place, [libpython(place)])
 
 
 PEER = Peer(
