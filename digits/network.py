@@ -73,7 +73,7 @@ class CNN(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits, `float32[n, classes]`, of features `float32[n, 784]`, or of any shape with 784 values a row."""
+        """Return logits, `float32[n, classes]`, of features of any shape with 784 values a row."""
         x = x.reshape(-1, 1, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)  # (n, 32, 14, 14)
         x = F.relu(self.conv2(x))  # (n, 64, 14, 14)

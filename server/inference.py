@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from digits.checkpoint import Checkpoint, Manifest, parse_checkpoint
 from digits.network import ImprovedNN
-from digits.preprocessing import PIXELS, normalize
+from digits.preprocessing import MAX_CLASSES, PIXELS, normalize
 from digits.snapshot import InvalidCheckpoint, Snapshot
 from server.errors import CannotServe
 from server.golden import golden_digits
@@ -36,7 +36,7 @@ DIGITS = Manifest().labels
 CACHED_ROWS = 32
 """A CPU takes so many images at a time through a CNN; what the layers give for more does not stay in its cache."""
 
-_CLASS_NUMBERS = np.arange(len(DIGITS), dtype=np.uint8)
+_CLASS_NUMBERS = np.arange(MAX_CLASSES, dtype=np.uint8)
 _CLASS_NUMBERS.flags.writeable = False
 
 # Named once: to write such a type out in a function takes 2.6 us each time.
@@ -59,16 +59,16 @@ class Scores:
     digits: npt.NDArray[np.uint8]
     """[n]: the class with the largest logit."""
     probabilities: npt.NDArray[np.float32]
-    """[n, 10]: softmax(logits / temperature)."""
+    """[n, classes]: softmax(logits / temperature)."""
     logits: npt.NDArray[np.float32]
-    """[n, 10]: raw outputs."""
+    """[n, classes]: raw outputs."""
     digit_scores: npt.NDArray[np.float32]
     """[n]: logsumexp(logits / temperature), how much each image looks like a digit."""
     model_version: str
     digit_threshold: float | None = None
     """An image with a lower digit score looks like no digit; None where the model does not say."""
     labels: tuple[str, ...] = ()
-    """[10]: the meaning of each class; empty where these are the digits."""
+    """[classes]: the meaning of each class; empty where these are the digits."""
 
     def __len__(self) -> int:
         return len(self.digits)
@@ -144,7 +144,7 @@ class Classifier:
         (w1, b1), (w2, b2), (w3, b3) = self._layers
         x = torch.addmm(b1, x, w1.t()).relu_()  # (n, 256)
         x = torch.addmm(b2, x, w2.t()).relu_()  # (n, 128)
-        return self._scores(torch.addmm(b3, x, w3.t()).cpu().numpy())  # (n, 10)
+        return self._scores(torch.addmm(b3, x, w3.t()).cpu().numpy())  # (n, classes)
 
     @torch.inference_mode()
     def _predict_features(self, features: _Array) -> Scores:
@@ -203,8 +203,8 @@ class _OneImage:
     def __call__(self, pixels: _Pixels) -> Scores:
         """The scores of `uint8[784]`.
 
-        Without a general case, and with Python's floats where there are ten of
-        them: a step of NumPy takes as long as all ten.
+        Without a general case, and with Python's floats where there is one for
+        each class: a step of NumPy takes as long as ten of them.
         """
         x, h1, h2 = self._x, self._h1, self._h2
         x[:] = pixels
@@ -212,7 +212,7 @@ class _OneImage:
         np.maximum(h1, self._floor1, out=h1)
         self._w2.dot(h1, h2)  # (128,)
         np.maximum(h2, self._floor2, out=h2)
-        logits = self._w3_and_b3.dot(self._h2_and_1)  # (10,)
+        logits = self._w3_and_b3.dot(self._h2_and_1)  # (classes,)
         values: list[float] = logits.tolist()
         largest = max(values)
         digit = values.index(largest)
