@@ -32,7 +32,7 @@ from client._errors import (
 )
 from client._types import DIGITS, Image, Model, Prediction, PredictionDraft
 from digits.canonical import canonical_bytes, may_be_canonical
-from digits.preprocessing import CLASSES, PIXELS, InvalidImage, Preprocessing, preprocess
+from digits.preprocessing import PIXELS, InvalidImage, Preprocessing, preprocess
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 
 DEFAULT_TIMEOUT = 10.0  # seconds
@@ -142,22 +142,21 @@ def parse_response(response: pb.ClassifyResponse, count: int, target: str) -> li
     Raises:
         ServerError: this is no answer to that many images.
     """
-    digits = list(response.digits)
-    if len(digits) != count or len(response.probabilities) != CLASSES * count or max(digits, default=0) >= CLASSES:
+    digits, labels = list(response.digits), tuple(response.labels) or DIGITS
+    classes = len(labels)
+    if len(digits) != count or len(response.probabilities) != classes * count or max(digits, default=0) >= classes:
         raise ServerError(
             f"{target}: the server answered {count} images with {len(digits)} digits "
-            f"and {len(response.probabilities)} probabilities"
+            f"and {len(response.probabilities)} probabilities of {classes} classes"
         )
-    scores, labels = list(response.digit_scores), tuple(response.labels) or DIGITS  # neither comes from older servers
-    if len(scores) not in (0, count) or len(labels) != CLASSES:
-        raise ServerError(
-            f"{target}: the server answered {count} images with {len(scores)} digit scores and {len(labels)} labels"
-        )
+    scores = list(response.digit_scores)  # none come from older servers
+    if len(scores) not in (0, count):
+        raise ServerError(f"{target}: the server answered {count} images with {len(scores)} digit scores")
     are_digits: list[bool | None] = [None] * count
     if scores and response.HasField("digit_threshold"):
         threshold = response.digit_threshold
         are_digits = [score >= threshold for score in scores]
-    probabilities = np.array(response.probabilities, np.float32).reshape(-1, CLASSES)
+    probabilities = np.array(response.probabilities, np.float32).reshape(-1, classes)
     if count and not (probabilities.min() >= 0 and probabilities.max() <= 1 + 1e-3):  # which is so of NaN, too
         raise ServerError(
             f"{target}: the server answered with probabilities from {probabilities.min()} to {probabilities.max()}"

@@ -19,12 +19,16 @@ _MARGIN = 16
 _CAPTION = 40  # pixels of height above each panel
 _SMALL, _LARGE = 13, 16  # font sizes
 _LONGEST_LABEL = 11  # characters of a class's name that have room before its bar
+_MOST_BARS = 10  # that can be read one below the other in a panel
 _PAPER, _TEXT, _FAINT = (255, 255, 255), (34, 34, 34), (136, 136, 136)
 _FRAME, _INK, _BAR = (208, 208, 208), (216, 67, 21), (144, 164, 174)
 
 
 def draw(stages: Preprocessing, prediction: Prediction) -> Image.Image:
-    """Return an RGB picture of the stages and of the prediction's probabilities as bars."""
+    """Return an RGB picture of the stages and of the prediction's probabilities as bars.
+
+    Of more than ten classes the ten most probable have bars, the first of them on top.
+    """
     panels = [("as given", f"{stages.grey.shape[1]} x {stages.grey.shape[0]}, in grey", _fit(stages.grey))]
     if stages.ink is None:
         panels.append(("already as MNIST's", "passes unchanged", _fit(stages.pixels, Image.Resampling.NEAREST)))
@@ -56,14 +60,18 @@ def _caption(canvas: ImageDraw.ImageDraw, left: int, title: str, note: str) -> N
 
 def _bars(canvas: ImageDraw.ImageDraw, left: int, top: int, prediction: Prediction) -> None:
     font = ImageFont.load_default(_SMALL)
-    height = PANEL / len(prediction.probabilities)
-    names = [label[:_LONGEST_LABEL] for label in prediction.labels]
+    shown = list(range(len(prediction.probabilities)))
+    if len(shown) > _MOST_BARS:
+        shown = np.argsort(-prediction.probabilities, kind="stable")[:_MOST_BARS].tolist()
+    height = PANEL / len(shown)
+    names = [prediction.labels[digit][:_LONGEST_LABEL] for digit in shown]
     first = max(22, *(round(font.getlength(name)) + 8 for name in names))  # pixels for the name before the bar
     room = PANEL - first - 52  # and for the bar
-    for digit, probability in enumerate(prediction.probabilities.tolist()):
-        y = top + digit * height
+    for line, (digit, name) in enumerate(zip(shown, names, strict=True)):
+        probability = float(prediction.probabilities[digit])
+        y = top + line * height
         chosen = digit == prediction.digit
-        canvas.text((left, y + 3), names[digit], _TEXT if chosen else _FAINT, font)
+        canvas.text((left, y + 3), name, _TEXT if chosen else _FAINT, font)
         end = left + first + max(1, round(room * probability))
         canvas.rectangle((left + first, y + 4, end, y + height - 5), _INK if chosen else _BAR)
         canvas.text((end + 6, y + 3), f"{probability:.1%}", _TEXT if chosen else _FAINT, font)

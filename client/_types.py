@@ -31,13 +31,13 @@ class Prediction:
     """
 
     digit: int
-    """The most probable digit, 0 to 9."""
+    """The most probable digit, 0 to 9; of a model of other things, the number of the class, from 0."""
 
     confidence: float
     """Its probability, 0 to 1."""
 
     probabilities: npt.NDArray[np.float32]
-    """`float32[10]`, the probability of each digit; read-only."""
+    """`float32[classes]`, the probability of each class; of digits `float32[10]`. Read-only."""
 
     model_version: str
     """First 12 hexadecimal digits of the SHA-256 of the weights that answered."""
@@ -61,7 +61,7 @@ class Prediction:
     """
 
     labels: tuple[str, ...] = DIGITS
-    """What each class means to the model that answered, mostly "0" to "9"."""
+    """What each class means to the model that answered, mostly "0" to "9"; as many as `probabilities`."""
 
     @property
     def label(self) -> str:
@@ -110,7 +110,7 @@ class Model:
     parameter_count: int
 
     labels: tuple[str, ...]
-    """The meaning of each class."""
+    """The meaning of each of the 10 to 100 classes; empty where there is no such class."""
 
     normalization_mean: float
     """For callers that send features: `features = (pixel / 255 - mean) / std`."""

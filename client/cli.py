@@ -19,6 +19,7 @@ from client._sync import Client
 from client._types import Prediction
 from client.load.command import add_command as add_bench
 from client.video.command import add_command as add_video
+from digits.preprocessing import MAX_CLASSES
 
 VARIABLE_PREFIX = "MNIST_GRPC_"
 
@@ -159,7 +160,12 @@ def _parser() -> argparse.ArgumentParser:
     classify = commands.add_parser("classify", parents=[common], help="read the digit in each image")
     classify.add_argument("images", nargs="+", metavar="IMAGE", help="an image file; - is standard input")
     classify.add_argument(
-        "--top", type=int, choices=range(1, 11), default=1, metavar="N", help="answers an image, 1 to 10 (default: 1)"
+        "--top",
+        type=int,
+        choices=range(1, MAX_CLASSES + 1),
+        default=1,
+        metavar="N",
+        help=f"answers an image, 1 to {MAX_CLASSES}, or as many as there are classes (default: 1)",
     )
     classify.add_argument(
         "--explain",

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from digits.network import ARCHITECTURES
-from digits.preprocessing import CLASSES, MEAN, STD
+from digits.preprocessing import CLASSES, MAX_CLASSES, MEAN, STD
 from digits.snapshot import (
     MAX_WEIGHTS_BYTES,
     VERSION_DIGITS,
@@ -80,7 +80,10 @@ class Manifest:
     """
 
     labels: tuple[str, ...] = tuple(str(digit) for digit in range(CLASSES))
-    """The meaning of each of the ten classes, by the rule of `is_label`; empty where there is no such class."""
+    """The meaning of each of the 10 to 100 classes, by the rule of `is_label`; empty where there is no such class.
+
+    The network has as many outputs.
+    """
 
     sha256: str = ""
     """Of the weights file, 64 hexadecimal digits; checked when set."""
@@ -119,7 +122,7 @@ def load_checkpoint(weights: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         InvalidCheckpoint: a file is missing, truncated or no state dict, does
             not match its manifest's SHA-256, or holds keys, shapes or values
-            that its architecture cannot have.
+            that its architecture, with an output for each label, cannot have.
     """
     return parse_checkpoint(take_snapshot(weights))
 
@@ -137,7 +140,7 @@ def parse_checkpoint(snapshot: Snapshot) -> Checkpoint:
             f"{path}: SHA-256 is {snapshot.sha256}, but {manifest_path(path).name} says {manifest.sha256}: "
             "the two files do not belong together"
         )
-    network = ARCHITECTURES[manifest.architecture]()
+    network = ARCHITECTURES[manifest.architecture](len(manifest.labels))
     network.load_state_dict(_checked(path, _read_state_dict(path, snapshot.weights), network.state_dict(), manifest))
     network.eval()
     return Checkpoint(network, manifest, snapshot.sha256)
@@ -228,8 +231,10 @@ def _read_manifest(path: Path, content: bytes) -> Manifest:
     )
     require(
         "labels",
-        f"a list of {CLASSES} texts",
-        isinstance(labels, list) and len(labels) == CLASSES and all(isinstance(label, str) for label in labels),
+        f"a list of {CLASSES} to {MAX_CLASSES} texts",
+        isinstance(labels, list)
+        and CLASSES <= len(labels) <= MAX_CLASSES
+        and all(isinstance(label, str) for label in labels),
     )
     for label in labels if isinstance(labels, list) else []:
         if label and not is_label(label):
@@ -278,6 +283,13 @@ def _checked(
         raise InvalidCheckpoint(
             f"{path}: not the weights of {manifest.architecture}: "
             f"missing {', '.join(missing) or 'nothing'}; unknown {', '.join(unknown) or 'nothing'}"
+        )
+    *_, last = expected  # the bias of the layer that gives the logits
+    if given[last].dim() == 1 and given[last].shape != expected[last].shape:
+        raise InvalidCheckpoint(
+            f"{path}: the weights have an output for each of the {len(manifest.labels)} labels that "
+            f"{manifest_path(path).name} gives, or of the ten digits where it gives none; "
+            f"{last} has {len(given[last])}"
         )
     for key, tensor in given.items():
         if tensor.shape != expected[key].shape:

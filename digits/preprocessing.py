@@ -34,6 +34,11 @@ from digits.reading import InvalidImage as InvalidImage
 from digits.segmentation import find_ink
 
 CLASSES = 10
+"""The digits: the classes of a model that says nothing else."""
+
+MAX_CLASSES = 100
+"""Classes of a model at most. The number of one is then a single byte on the wire, on which `server/answers.py` relies,
+and an image's probabilities and logits together, 800 bytes, are hardly longer than its pixels."""
 
 INK_SIDE = 20
 """The longer side of the ink's box in canonical pixels."""

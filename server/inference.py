@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from digits.checkpoint import Checkpoint, Manifest, parse_checkpoint
 from digits.network import ImprovedNN
-from digits.preprocessing import PIXELS, normalize
+from digits.preprocessing import MAX_CLASSES, PIXELS, normalize
 from digits.snapshot import InvalidCheckpoint, Snapshot
 from server.errors import CannotServe
 from server.golden import golden_digits
@@ -49,7 +49,7 @@ ROWS = (MANY_ROWS, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 """A batch has as many rows there, the last ones empty, and a larger one is several: oneDNN compiles a product for each
 number of rows and keeps it, which takes milliseconds and 2 MB."""
 
-_CLASS_NUMBERS = np.arange(len(DIGITS), dtype=np.uint8)
+_CLASS_NUMBERS = np.arange(MAX_CLASSES, dtype=np.uint8)
 _CLASS_NUMBERS.flags.writeable = False
 
 # Named once: to write such a type out in a function takes 2.6 us each time.
@@ -76,16 +76,16 @@ class Scores:
     digits: npt.NDArray[np.uint8]
     """[n]: the class with the largest logit."""
     probabilities: npt.NDArray[np.float32]
-    """[n, 10]: softmax(logits / temperature)."""
+    """[n, classes]: softmax(logits / temperature)."""
     logits: npt.NDArray[np.float32]
-    """[n, 10]: raw outputs."""
+    """[n, classes]: raw outputs."""
     digit_scores: npt.NDArray[np.float32]
     """[n]: logsumexp(logits / temperature), how much each image looks like a digit."""
     model_version: str
     digit_threshold: float | None = None
     """An image with a lower digit score looks like no digit; None where the model does not say."""
     labels: tuple[str, ...] = ()
-    """[10]: the meaning of each class; empty where these are the digits."""
+    """[classes]: the meaning of each class; empty where these are the digits."""
 
     def __len__(self) -> int:
         return len(self.digits)
@@ -226,14 +226,14 @@ class _Perceptron:
         return whole * ROWS[-1] + (ROWS[bisect_left(ROWS, rest)] if rest else 0)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Logits `float32[n, 10]` of `float32[n, 784]`, where n is as `rows_for` says."""
+        """Logits `float32[n, classes]` of `float32[n, 784]`, where n is as `rows_for` says."""
         if self._laid_out and len(x) >= MANY_ROWS:
             parts = [self._many(part) for part in torch.split(x, ROWS[-1])]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
         (w1, b1), (w2, b2), (w3, b3) = self._layers
         x = torch.addmm(b1, x, w1).relu_()  # (n, 256)
         x = torch.addmm(b2, x, w2).relu_()  # (n, 128)
-        return torch.addmm(b3, x, w3)  # (n, 10)
+        return torch.addmm(b3, x, w3)  # (n, classes)
 
     def _many(self, x: Tensor) -> Tensor:
         # As torch's own compiler calls it: a product, its bias and ReLU in one step.
@@ -241,7 +241,7 @@ class _Perceptron:
         (w1, b1), (w2, b2), (w3, b3) = self._laid_out
         x = product(x, w1, b1, "relu", [], "")  # (n, 256)
         x = product(x, w2, b2, "relu", [], "")  # (n, 128)
-        logits: Tensor = product(x, w3, b3, "none", [], "")  # (n, 10)
+        logits: Tensor = product(x, w3, b3, "none", [], "")  # (n, classes)
         return logits
 
 
@@ -271,8 +271,8 @@ class _OneImage:
     def __call__(self, pixels: _Pixels) -> Scores:
         """The scores of `uint8[784]`.
 
-        Without a general case, and with Python's floats where there are ten of
-        them: a step of NumPy takes as long as all ten.
+        Without a general case, and with Python's floats where there is one for
+        each class: a step of NumPy takes as long as ten of them.
         """
         x, h1, h2 = self._x, self._h1, self._h2
         x[:] = pixels
@@ -280,7 +280,7 @@ class _OneImage:
         np.maximum(h1, self._floor1, out=h1)
         self._w2.dot(h1, h2)  # (128,)
         np.maximum(h2, self._floor2, out=h2)
-        logits = self._w3_and_b3.dot(self._h2_and_1)  # (10,)
+        logits = self._w3_and_b3.dot(self._h2_and_1)  # (classes,)
         values: list[float] = logits.tolist()
         largest = max(values)
         digit = values.index(largest)

@@ -92,7 +92,7 @@ class OpenInference:
         """Describe the model's tensors."""
         with self._observed("ModelMetadata"), named_errors():
             model = self._model(request.name, request.version)
-            inputs, outputs = tensors.metadata()
+            inputs, outputs = tensors.metadata(len(model.checkpoint.manifest.labels))
             return pb.ModelMetadataResponse(
                 name=MODEL_NAME,
                 versions=[model.checkpoint.version],
@@ -104,8 +104,8 @@ class OpenInference:
     def model_config(self, request: pb.ModelConfigRequest) -> pb.ModelConfigResponse:
         """Describe how the model is served."""
         with self._observed("ModelConfig"), named_errors():
-            self._model(request.name, request.version)
-            inputs, outputs = tensors.config()
+            model = self._model(request.name, request.version)
+            inputs, outputs = tensors.config(len(model.checkpoint.manifest.labels))
             return pb.ModelConfigResponse(
                 config=pb.ModelConfig(
                     name=MODEL_NAME,
@@ -167,7 +167,7 @@ class OpenInference:
     async def _infer(
         self, request: pb.ModelInferRequest, deadline: float | None, flow: Flow | None
     ) -> pb.ModelInferResponse:
-        model = self._model(request.model_name, request.model_version)
+        self._model(request.model_name, request.model_version)
         if len(request.id) > MAX_ID_BYTES:
             raise InvalidArgument("id", f"an id has at most {MAX_ID_BYTES} characters, this one has {len(request.id)}")
         wanted = tensors.read_wanted(request)
@@ -181,7 +181,7 @@ class OpenInference:
         if request.model_version and request.model_version != version:
             raise _no_version(request.model_version, version)  # it was exchanged while the request waited
         response = pb.ModelInferResponse(model_name=MODEL_NAME, model_version=version, id=request.id)
-        tensors.write_outputs(response, wanted, scores, model.checkpoint.manifest.labels)
+        tensors.write_outputs(response, wanted, scores)
         return response
 
     # Steps --------------------------------------------------------------------

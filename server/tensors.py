@@ -7,7 +7,7 @@ and NumPy; knows neither the queue nor a transport.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from server.inference import Scores
 
 Parameters: TypeAlias = Mapping[str, pb.InferParameter]
+
+DIGITS = tuple(str(digit) for digit in range(CLASSES))
+"""What the classes mean where scores say nothing else."""
 
 ROW_SHAPES = ((PIXELS,), (SIDE, SIDE), (1, SIDE, SIDE))
 """The shapes that a row of an input may have; row-major, they are one and the same memory."""
@@ -46,7 +49,8 @@ class Output:
 
     datatype: str
     config_type: pb.DataType.ValueType
-    row_shape: tuple[int, ...]
+    is_by_class: bool
+    """Whether a row has a value for each class; else it has one."""
     values: Callable[[Scores], npt.NDArray[Any]]
     """Its elements in raw form."""
 
@@ -56,10 +60,10 @@ INPUTS = {
     "features": Input("FP32", pb.TYPE_FP32, np.dtype("<f4"), "fp32_contents"),
 }
 OUTPUTS = {
-    "digit": Output("INT64", pb.TYPE_INT64, (), lambda scores: scores.digits.astype("<i8")),
-    "probabilities": Output("FP32", pb.TYPE_FP32, (CLASSES,), lambda scores: scores.probabilities.astype("<f4")),
-    "logits": Output("FP32", pb.TYPE_FP32, (CLASSES,), lambda scores: scores.logits.astype("<f4")),
-    "digit_score": Output("FP32", pb.TYPE_FP32, (), lambda scores: scores.digit_scores.astype("<f4")),
+    "digit": Output("INT64", pb.TYPE_INT64, False, lambda scores: scores.digits.astype("<i8")),
+    "probabilities": Output("FP32", pb.TYPE_FP32, True, lambda scores: scores.probabilities.astype("<f4")),
+    "logits": Output("FP32", pb.TYPE_FP32, True, lambda scores: scores.logits.astype("<f4")),
+    "digit_score": Output("FP32", pb.TYPE_FP32, False, lambda scores: scores.digit_scores.astype("<f4")),
 }
 
 
@@ -69,7 +73,7 @@ class Wanted:
 
     name: str
     top: int | None = None
-    """As so many of the highest classes; else as it is."""
+    """As so many of the highest classes, or as all where there are fewer; else as it is."""
 
 
 def quoted(text: str) -> str:
@@ -247,8 +251,9 @@ def _refuse_shared_memory(field: str, name: str, parameters: Parameters) -> None
 def _top(field: str, tensor: pb.ModelInferRequest.InferRequestedOutputTensor) -> int | None:
     if "classification" not in tensor.parameters:
         return None
-    if not OUTPUTS[tensor.name].row_shape:
-        raise InvalidArgument(field, f"classification is for the tensors with {CLASSES} classes, not for {tensor.name}")
+    if not OUTPUTS[tensor.name].is_by_class:
+        by_class = [name for name, output in OUTPUTS.items() if output.is_by_class]
+        raise InvalidArgument(field, f"classification is for the tensors {_listed(by_class)}, not for {tensor.name}")
     top = _whole_number(tensor.parameters["classification"])
     if top is None or top < 1:
         raise InvalidArgument(
@@ -256,7 +261,7 @@ def _top(field: str, tensor: pb.ModelInferRequest.InferRequestedOutputTensor) ->
             f"classification of tensor {tensor.name} is a whole number of classes, 1 or more, "
             f"not {_shown(tensor.parameters['classification'])}",
         )
-    return min(top, CLASSES)
+    return top
 
 
 def _whole_number(parameter: pb.InferParameter) -> int | None:
@@ -269,7 +274,7 @@ def _shown(parameter: pb.InferParameter) -> str:
     return "unset" if choice is None else quoted(str(getattr(parameter, choice)))
 
 
-def _listed(names: Mapping[str, object]) -> str:
+def _listed(names: Iterable[str]) -> str:
     *first, last = names
     return f"{', '.join(first)} and {last}"
 
@@ -277,10 +282,9 @@ def _listed(names: Mapping[str, object]) -> str:
 # To a response --------------------------------------------------------------------
 
 
-def write_outputs(
-    response: pb.ModelInferResponse, wanted: Sequence[Wanted], parts: Sequence[Scores], labels: Sequence[str]
-) -> None:
-    """Add the outputs that are wanted of scores, which came in these parts; always in raw form."""
+def write_outputs(response: pb.ModelInferResponse, wanted: Sequence[Wanted], parts: Sequence[Scores]) -> None:
+    """Add the outputs that are wanted of one model's scores, which came in these parts; always in raw form."""
+    labels = parts[-1].labels or DIGITS
     for want in wanted:
         output = OUTPUTS[want.name]
         values = output.values(parts[0]) if len(parts) == 1 else np.concatenate([output.values(part) for part in parts])
@@ -288,17 +292,19 @@ def write_outputs(
             response.outputs.add(name=want.name, datatype=output.datatype, shape=values.shape)
             response.raw_output_contents.append(values.tobytes())
         else:
-            response.outputs.add(name=want.name, datatype="BYTES", shape=(len(values), want.top))
-            response.raw_output_contents.append(_classes(values, want.top, labels))
+            top = min(want.top, len(labels))
+            response.outputs.add(name=want.name, datatype="BYTES", shape=(len(values), top))
+            response.raw_output_contents.append(_classes(values, top, labels))
 
 
 def _classes(values: npt.NDArray[np.float32], top: int, labels: Sequence[str]) -> bytes:
     """The highest classes of each row as elements of BYTES: `value:index:label`, highest first."""
     order = np.argsort(-values, axis=1, kind="stable")[:, :top]  # stable, so that equal ones come as in argmax
+    endings = [f":{index}:{label}".encode() for index, label in enumerate(labels)]
     elements = bytearray()
     for row, classes in zip(values.tolist(), order.tolist(), strict=True):
         for index in classes:
-            element = f"{row[index]:f}:{index}:{labels[index]}".encode()
+            element = b"%f%b" % (row[index], endings[index])
             elements += struct.pack("<I", len(element)) + element
     return bytes(elements)
 
@@ -306,20 +312,28 @@ def _classes(values: npt.NDArray[np.float32], top: int, labels: Sequence[str]) -
 # What the model takes and gives ----------------------------------------------------
 
 
-def metadata() -> tuple[list[pb.ModelMetadataResponse.TensorMetadata], list[pb.ModelMetadataResponse.TensorMetadata]]:
-    """Inputs and outputs, as ModelMetadata describes them."""
+def metadata(
+    classes: int,
+) -> tuple[list[pb.ModelMetadataResponse.TensorMetadata], list[pb.ModelMetadataResponse.TensorMetadata]]:
+    """Inputs and outputs of a model of so many classes, as ModelMetadata describes them."""
     kind = pb.ModelMetadataResponse.TensorMetadata
     return (
         [kind(name=name, datatype=tensor.datatype, shape=(-1, PIXELS)) for name, tensor in INPUTS.items()],
-        [kind(name=name, datatype=tensor.datatype, shape=(-1, *tensor.row_shape)) for name, tensor in OUTPUTS.items()],
+        [
+            kind(name=name, datatype=tensor.datatype, shape=(-1, classes) if tensor.is_by_class else (-1,))
+            for name, tensor in OUTPUTS.items()
+        ],
     )
 
 
-def config() -> tuple[list[pb.ModelInput], list[pb.ModelOutput]]:
-    """Inputs and outputs, as ModelConfig describes them: without the dimension that counts rows."""
+def config(classes: int) -> tuple[list[pb.ModelInput], list[pb.ModelOutput]]:
+    """The same, as ModelConfig describes them: without the dimension that counts rows."""
     return (
         # Optional, as a request carries one of the two.
         [pb.ModelInput(name=n, data_type=t.config_type, dims=(PIXELS,), optional=True) for n, t in INPUTS.items()],
         # Triton has no tensor without a dimension behind the first.
-        [pb.ModelOutput(name=n, data_type=t.config_type, dims=t.row_shape or (1,)) for n, t in OUTPUTS.items()],
+        [
+            pb.ModelOutput(name=n, data_type=t.config_type, dims=(classes if t.is_by_class else 1,))
+            for n, t in OUTPUTS.items()
+        ],
     )

@@ -40,7 +40,7 @@ class Reliability:
 
 
 def reliability(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Reliability:
-    """Compare confidence with accuracy, of logits `float32[n, 10]` and labels `int64[n]`."""
+    """Compare confidence with accuracy, of logits `float32[n, classes]` and labels `int64[n]`."""
     confidence, digits = F.softmax(logits.double() / temperature, dim=1).max(dim=1)
     right = (digits == labels).double()
     bins = (confidence * BINS).long().clamp(max=BINS - 1)

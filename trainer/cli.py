@@ -361,7 +361,7 @@ def _run_evaluation(options: argparse.Namespace) -> None:
 def _dataset_of(manifest: Manifest) -> str:
     """The value of --dataset for the data set that the manifest names; mnist where there is none."""
     names = {name.removesuffix("-digits").replace("-", ""): name for name in DATASETS}
-    return names.get(manifest.dataset.lower(), "mnist")
+    return names.get(manifest.dataset.lower().replace(" ", ""), "mnist")
 
 
 def _run_card(options: argparse.Namespace) -> None:

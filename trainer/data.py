@@ -53,7 +53,7 @@ class LabelledPixels:
     """`uint8[n, 784]`."""
 
     labels: Tensor
-    """`int64[n]`, 0 to 9."""
+    """`int64[n]`: classes, from 0 on; of digits, 0 to 9."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -70,7 +70,7 @@ class Data:
     test: LabelledPixels
     name: str = "MNIST"
     labels: tuple[str, ...] = DIGITS
-    """What each class means; empty texts where there are fewer than ten."""
+    """What each of the 10 to 100 classes means; empty texts where there are fewer than ten."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,12 @@ class Source:
 
     labels: tuple[str, ...] = DIGITS
     """What each class means."""
+
+    first_label: int = 0
+    """How the files number the first class."""
+
+    title: str = ""
+    """What reports and manifests call it, if torchvision's name stands for several."""
 
     in_columns: bool = False
     """Whether the images are written column by column."""
@@ -130,9 +136,13 @@ def load_source(source: Source, data_dir: Path, download: bool = True) -> Data:
     return Data(
         _part(source, raw, train_images, train_labels),
         _part(source, raw, test_images, test_labels),
-        source.name,
+        _title(source),
         source.labels,
     )
+
+
+def _title(source: Source) -> str:
+    return source.title or source.name
 
 
 def split(images: LabelledPixels, validation_size: int, seed: int) -> tuple[LabelledPixels, LabelledPixels]:
@@ -204,7 +214,7 @@ def _missing(source: Source, raw: Path) -> list[str]:
 def _missing_message(source: Source, raw: Path, missing: Sequence[str], reason: str) -> str:
     return "\n".join(
         [
-            f"{source.name} is not complete, and {reason}",
+            f"{_title(source)} is not complete, and {reason}",
             "",
             f"Looked in {raw.absolute()} for its four files, each plain or with .gz. Missing:",
             *(f"  {file}" for file in missing),
@@ -220,7 +230,7 @@ def _damaged(source: Source, raw: Path, files: Sequence[str], reason: str) -> Da
     return DataError(
         "\n".join(
             [
-                f"{' and '.join(paths)}: damaged or no part of {source.name}: {reason}",
+                f"{' and '.join(paths)}: damaged or no part of {_title(source)}: {reason}",
                 "",
                 f"Either point --data-dir to another folder that holds {source.name}/raw, or put the right ones there:",
                 f"  rm {shlex.join(paths)}",
@@ -265,13 +275,14 @@ def _part(source: Source, raw: Path, images_file: str, labels_file: str) -> Labe
     if len(images) != len(labels):
         reason = f"each image has a label, but there are {len(images)} images and {len(labels)} labels"
         raise _damaged(source, raw, [images_file, labels_file], reason)
-    classes = labels.reshape(len(labels), -1)[:, 0]
-    if not 0 <= classes.min() <= classes.max() < CLASSES:
-        reason = f"labels are 0 to {CLASSES - 1}, these are {classes.min()} to {classes.max()}"
+    told = labels.reshape(len(labels), -1)[:, 0]
+    first, last = source.first_label, source.first_label + len(source.labels) - 1
+    if not first <= told.min() <= told.max() <= last:
+        reason = f"labels are {first} to {last}, these are {told.min()} to {told.max()}"
         raise _damaged(source, raw, [labels_file], reason)
     rows = images.transpose(0, 2, 1) if source.in_columns else images
     return LabelledPixels(
-        torch.from_numpy(rows.astype(np.uint8).reshape(-1, PIXELS)), torch.from_numpy(classes.astype(np.int64))
+        torch.from_numpy(rows.astype(np.uint8).reshape(-1, PIXELS)), torch.from_numpy(told.astype(np.int64) - first)
     )
 
 

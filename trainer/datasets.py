@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import string
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from digits.checkpoint import MAX_LABEL, is_label
-from digits.preprocessing import CLASSES, PIXELS, InvalidImage, to_pixels
+from digits.preprocessing import CLASSES, MAX_CLASSES, PIXELS, InvalidImage, to_pixels
 from trainer.data import DIGITS, MNIST, Data, DataError, LabelledPixels, Source, load_source
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,9 @@ Progress: TypeAlias = Callable[[Iterable[Any], int], Iterable[Any]]
 """Wraps so many things that are gone through."""
 
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+LETTERS = tuple(string.ascii_uppercase)
+"""Capital and small ones are one class, as EMNIST has them."""
+
 KUZUSHIJI = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
 
 
@@ -68,8 +72,9 @@ def load_data(
 
 FASHION_MNIST = Source("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", "FashionMNIST", labels=FASHION)
 KMNIST = Source("http://codh.rois.ac.jp/kmnist/dataset/kmnist/", "KMNIST", labels=KUZUSHIJI)
+EMNIST = "https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip"
 EMNIST_DIGITS = Source(
-    "https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip",
+    EMNIST,
     "EMNIST",
     (
         "emnist-digits-train-images-idx3-ubyte",
@@ -79,6 +84,21 @@ EMNIST_DIGITS = Source(
     ),
     in_columns=True,
     options={"split": "digits"},
+)
+EMNIST_LETTERS = Source(
+    EMNIST,
+    "EMNIST",
+    (
+        "emnist-letters-train-images-idx3-ubyte",
+        "emnist-letters-train-labels-idx1-ubyte",
+        "emnist-letters-test-images-idx3-ubyte",
+        "emnist-letters-test-labels-idx1-ubyte",
+    ),
+    labels=LETTERS,
+    first_label=1,
+    title="EMNIST Letters",
+    in_columns=True,
+    options={"split": "letters"},
 )
 QMNIST = Source(
     "https://raw.githubusercontent.com/facebookresearch/qmnist/master/",
@@ -115,7 +135,7 @@ def load_scans() -> Data:
 
 
 def load_folder(folder: Path, progress: Progress = lambda files, count: files) -> Data:
-    """Pictures of a digit each, in a folder for each class: `PATH/7/any name.png`.
+    """Pictures of a digit each, in a folder for each of 2 to 100 classes: `PATH/7/any name.png`.
 
     With `PATH/train` and `PATH/test`, each of them holds such folders; else a
     fifth of the files, chosen by their content, is the test, at least one of
@@ -173,9 +193,9 @@ def _labels(folder: Path, roots: Sequence[Path]) -> list[str]:
     """The names of the classes, sorted, which are the same in all parts."""
     classes = [{path.name for path in _folders(root)} for root in roots]
     labels = sorted(set().union(*classes))
-    if not 2 <= len(labels) <= CLASSES:
+    if not 2 <= len(labels) <= MAX_CLASSES:
         raise DataError(
-            f"{folder} has a folder for each of 2 to {CLASSES} classes, with the pictures in it, not {len(labels)}"
+            f"{folder} has a folder for each of 2 to {MAX_CLASSES} classes, with the pictures in it, not {len(labels)}"
             + (f": {', '.join(map(_shown, labels[:20]))}" if labels else "")
         )
     for label in labels:
@@ -273,6 +293,7 @@ DATASETS: dict[str, Callable[[Path, bool], Data]] = {
     "fashion-mnist": functools.partial(load_source, FASHION_MNIST),
     "kmnist": functools.partial(load_source, KMNIST),
     "emnist-digits": functools.partial(load_source, EMNIST_DIGITS),
+    "emnist-letters": functools.partial(load_source, EMNIST_LETTERS),
     "qmnist": functools.partial(load_source, QMNIST),
     "sklearn": lambda data_dir, download: load_scans(),
 }

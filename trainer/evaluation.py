@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from digits.preprocessing import CLASSES, MEAN, STD, normalize
+from digits.preprocessing import MEAN, STD, normalize
 from trainer.data import LabelledPixels
 
 BATCH_SIZE = 1000
@@ -23,7 +23,7 @@ class Evaluation:
     """What came out."""
 
     confusion: Tensor
-    """`int64[10, 10]`: images by what they show (row) and what was read (column)."""
+    """`int64[classes, classes]`: images by what they show (row) and what was read (column)."""
 
     loss: float
     """Mean cross-entropy, in nats."""
@@ -43,12 +43,12 @@ class Evaluation:
 
     @property
     def recall(self) -> list[float | None]:
-        """By digit: the part of its images that was read as it; None without images."""
+        """By class: the part of its images that was read as it; None without images."""
         return _parts(self.confusion, self.confusion.sum(dim=1))
 
     @property
     def precision(self) -> list[float | None]:
-        """By digit: the part of what was read as it that is it; None if nothing was."""
+        """By class: the part of what was read as it that is it; None if nothing was."""
         return _parts(self.confusion, self.confusion.sum(dim=0))
 
 
@@ -60,18 +60,19 @@ def evaluate(
 
 
 def evaluation_of(logits: Tensor, labels: Tensor) -> Evaluation:
-    """What logits `float32[n, 10]` say of images with these labels, `int64[n]`."""
-    confusion = torch.bincount(labels * CLASSES + logits.argmax(dim=1), minlength=CLASSES * CLASSES)
-    return Evaluation(confusion.reshape(CLASSES, CLASSES), F.cross_entropy(logits, labels).item())
+    """What logits `float32[n, classes]` say of images with these labels, `int64[n]`."""
+    classes = logits.shape[1]
+    confusion = torch.bincount(labels * classes + logits.argmax(dim=1), minlength=classes * classes)
+    return Evaluation(confusion.reshape(classes, classes), F.cross_entropy(logits, labels).item())
 
 
 def read(network: nn.Module, pixels: Tensor, mean: float = MEAN, std: float = STD, device: str = "cpu") -> Tensor:
-    """Return logits, `float32[n, 10]`, of pixels `uint8[n, 784]`."""
+    """Return logits, `float32[n, classes]`, of pixels `uint8[n, 784]`."""
     was_training = network.training
     network.eval()
     with torch.inference_mode():
         logits = [
-            network(to_features(part, mean, std).to(device)).cpu()  # (m, 10)
+            network(to_features(part, mean, std).to(device)).cpu()  # (m, classes)
             for part in torch.split(pixels, BATCH_SIZE)
         ]
     network.train(was_training)

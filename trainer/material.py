@@ -45,7 +45,7 @@ class Batch:
     """`int64[n]`: classes, or `NO_DIGIT`."""
 
     answers: Tensor | None = None
-    """The teacher's logits, `float32[n, 10]`."""
+    """The teacher's logits, `float32[n, classes]`."""
 
     weight: float = 1.0
     """Of its mean loss in the mean over all processes, whose shares of a batch may differ by some images."""
@@ -128,7 +128,7 @@ class Lessons:
         """Collect so many epochs' batches.
 
         Args:
-            teacher: gives logits, `float32[n, 10]`, of pixels, `uint8[n, 784]`.
+            teacher: gives logits, `float32[n, classes]`, of pixels, `uint8[n, 784]`.
             progress: wraps the batches.
             ranks: those of the material; together they collect as many as one would.
         """

@@ -126,7 +126,7 @@ def measure(
 
 
 def digit_scores(logits: Tensor, temperature: float) -> Tensor:
-    """How much each image looks like a digit, `float32[n]`, of logits `float32[n, 10]`.
+    """How much each image looks like a digit, `float32[n]`, of logits `float32[n, classes]`.
 
     W. Liu, X. Wang, J. Owens, Y. Li, "Energy-based Out-of-distribution Detection", NeurIPS 2020.
     """

@@ -47,7 +47,7 @@ def class_table(result: Evaluation, labels: Sequence[str] = DIGITS) -> str:
     """A line a class: how many there are, how many were read, and as what the others were read.
 
     Args:
-        labels: what the ten classes mean. A class that nothing shows or was read as is left out.
+        labels: what the classes mean. A class that nothing shows or was read as is left out.
     """
     names = _names(labels)
     title = "digit" if names == DIGITS else "class"
@@ -68,7 +68,7 @@ def class_table(result: Evaluation, labels: Sequence[str] = DIGITS) -> str:
 
 
 def evaluation_record(result: Evaluation) -> dict[str, Any]:
-    """JSON values; `confusion` has a row for each digit shown and a column for each digit read."""
+    """JSON values; `confusion` has a row for each class shown and a column for each class read."""
     return {
         "accuracy": result.accuracy,
         "correct": result.correct,
@@ -128,7 +128,9 @@ def draw_confusion(result: Evaluation, title: str, labels: Sequence[str] = DIGIT
     counts = result.confusion[shown][:, shown].numpy()
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     on_diagonal = np.eye(len(shown), dtype=bool)
-    figure = Figure(figsize=(7, 7), layout="constrained")
+    side = min(max(7.0, 0.42 * len(shown)), 21.0)  # inches
+    font = min(10.0, 20 * side / len(shown))  # points, so that four figures fit into a cell
+    figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     axes.imshow(np.ma.masked_array(share, ~on_diagonal), cmap="Blues", vmin=0, vmax=1.25)
     # Mistakes are a few in a thousand: on a linear scale of their own none but the commonest would show.
@@ -137,7 +139,8 @@ def draw_confusion(result: Evaluation, title: str, labels: Sequence[str] = DIGIT
     for (row, column), count in np.ndenumerate(counts):
         if count:
             dark = on_diagonal[row, column] and share[row, column] > 0.6
-            axes.text(column, row, f"{count}", ha="center", va="center", color="white" if dark else "black")
+            color = "white" if dark else "black"
+            axes.text(column, row, f"{count}", ha="center", va="center", color=color, fontsize=font)
     every = _names(labels)
     names = [_drawn(every[number]) for number in shown]
     axes.set(xlabel="read as", ylabel="shows")
@@ -147,7 +150,7 @@ def draw_confusion(result: Evaluation, title: str, labels: Sequence[str] = DIGIT
     axes.set_xticks(np.arange(len(shown) - 1) + 0.5, minor=True)
     axes.set_yticks(np.arange(len(shown) - 1) + 0.5, minor=True)
     axes.grid(which="minor", color="0.85", linewidth=0.8)
-    axes.tick_params(which="both", length=0)
+    axes.tick_params(which="both", length=0, labelsize=font)
     return _png(figure)
 
 
@@ -197,8 +200,8 @@ def draw_mistakes(
     Args:
         pixels: `uint8[n, 784]`.
         truth: the class that each shows, `int64[n]`.
-        logits: `float32[n, 10]`.
-        labels: what the ten classes mean.
+        logits: `float32[n, classes]`.
+        labels: what the classes mean.
     """
     names = [_drawn(name, 12) for name in _names(labels)]
     confidence, read_as = logits.double().softmax(dim=1).max(dim=1)

@@ -178,7 +178,7 @@ class TrainingLoop:
         self._settings = settings
         self._ranks = ranks
         self._images, self._validation = split(data.train, settings.validation_size, SPLIT_SEED)
-        network = ARCHITECTURES[settings.architecture]()
+        network = ARCHITECTURES[settings.architecture](len(data.labels))
         for module in network.modules():
             if isinstance(module, nn.Dropout):
                 module.p = settings.dropout
@@ -371,10 +371,10 @@ def processes_of(state: State) -> int:
 
 
 def loss_of(logits: Tensor, labels: Tensor, answers: Tensor | None, settings: TrainingSettings) -> Tensor:
-    """The mean loss of logits `float32[n, 10]`.
+    """The mean loss of logits `float32[n, classes]`.
 
     Of images with a label, the cross-entropy; of outliers (label `NO_DIGIT`), half
-    of that with ten equal probabilities. With a teacher's answers, a part of the
+    of that with equal probabilities. With a teacher's answers, a part of the
     loss is the cross-entropy with these, both made softer (G. Hinton, O. Vinyals,
     J. Dean, "Distilling the Knowledge in a Neural Network", 2015).
     """

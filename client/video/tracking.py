@@ -19,7 +19,7 @@ import numpy.typing as npt
 from client.video.boxes import Box
 
 Probabilities = npt.NDArray[np.float32]
-"""`float32[10]`"""
+"""`float32[classes]`, of digits `float32[10]`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,13 +43,13 @@ class Digit:
     """Where it is, in pixels of the frame."""
 
     digit: int
-    """What it shows, 0 to 9, by all frames up to this one."""
+    """What it shows, 0 to 9 or the number of another class, by all frames up to this one."""
 
     confidence: float
     """The probability of that, 0 to 1."""
 
     probabilities: Probabilities
-    """`float32[10]`, the probability of each digit, smoothed over time; read-only."""
+    """`float32[classes]`, the probability of each class, smoothed over time; read-only."""
 
     seen: bool
     """Whether it was found in this very frame; if not, the box is where it should be by its motion."""
@@ -183,7 +183,11 @@ class _Track:
         if step > 0:
             self._speed = self._speed + 0.3 * ((seen - before) / step)
         fresh = max(1 - math.exp(-step / smoothing.memory), 1 / self._sightings)
-        self._logs = self._logs + fresh * (_logs(sighting.probabilities) - self._logs)
+        logs = _logs(sighting.probabilities)
+        if logs.shape == self._logs.shape:
+            self._logs = self._logs + fresh * (logs - self._logs)
+        else:  # of a new model with other classes: what was read before says nothing of these
+            self._logs, self.digit, self._ahead_since = logs, int(logs.argmax()), None
         self.evidence += fresh * (_evidence(sighting) - self.evidence)
         self.last = seconds
         self._decide(seconds, smoothing)

@@ -67,8 +67,8 @@ LINGER_SECONDS = 2.0
 JSON_MARGIN = 2
 """A body of JSON has up to this times the bytes of its images: base64 takes four for three."""
 
-INLINE_IMAGES = 32
-"""Answers for more images are written in a thread: a number costs a microsecond or two, and an image has eleven."""
+INLINE_PROBABILITIES = 320
+"""Answers with more, which 32 images of digits have, are written in a thread: a number costs a microsecond or two."""
 
 MAX_TOLD = 300
 """Characters of what the JSON parser says that a caller is told."""
@@ -357,7 +357,7 @@ class Exchange:
             raise InvalidArgument("body", f"no {name} in JSON: {_told(error)}") from error
 
     async def _written(self, response: pb.ClassifyResponse) -> bytes:
-        if len(response.digits) <= INLINE_IMAGES:
+        if len(response.probabilities) <= INLINE_PROBABILITIES:
             return _json(response, with_all=True)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._routes.writer, lambda: _json(response, with_all=True))

@@ -27,9 +27,10 @@ def pixels(value: int) -> Pixels:
     return np.full(784, value, np.uint8)
 
 
-def answer(*digits: int) -> pb.ClassifyResponse:
+def answer(*digits: int, classes: int = 10) -> pb.ClassifyResponse:
     """One row a digit, with a probability of 0.91."""
-    probabilities = [0.91 if column == digit else 0.01 for digit in digits for column in range(10)]
+    rest = 0.09 / (classes - 1)
+    probabilities = [0.91 if column == digit else rest for digit in digits for column in range(classes)]
     return pb.ClassifyResponse(digits=digits, probabilities=probabilities)
 
 
@@ -136,12 +137,48 @@ def test_a_prediction_has_the_models_name_for_its_class() -> None:
     assert predictions[0].labels[0] == "T-shirt"
 
 
-@pytest.mark.parametrize(("scores", "labels"), [([1.0, 2.0, 3.0], []), ([1.0, 2.0], ["a", "b"])])
-def test_columns_of_another_length_are_no_answer(scores: list[float], labels: list[str]) -> None:
+def test_digit_scores_for_other_images_are_no_answer() -> None:
     response = answer(3, 7)
-    response.digit_scores.extend(scores)
-    response.labels.extend(labels)
-    with pytest.raises(client.ServerError, match=rf"2 images with {len(scores)} digit scores and {len(labels) or 10} "):
+    response.digit_scores.extend([1.0, 2.0, 3.0])
+    with pytest.raises(client.ServerError, match=r"answered 2 images with 3 digit scores"):
+        parse(response)
+
+
+@pytest.mark.parametrize("classes", [2, 9, 11, 26])
+def test_probabilities_of_other_classes_than_the_labels_are_no_answer(classes: int) -> None:
+    response = answer(3, 7)
+    response.labels.extend(["a"] * classes)
+    told = rf"^there: the server answered 2 images with 2 digits and 20 probabilities of {classes} classes$"
+    with pytest.raises(client.ServerError, match=told):
+        parse(response)
+
+
+def test_without_labels_an_answer_of_other_classes_than_ten_is_none() -> None:
+    response = answer(3, classes=26)
+    with pytest.raises(client.ServerError, match=r"1 digits and 26 probabilities of 10 classes"):
+        parse(response)
+
+
+@pytest.mark.parametrize("classes", [11, 26, 100])
+def test_there_are_as_many_classes_as_labels(classes: int) -> None:
+    response = answer(classes - 1, 0, 10, classes=classes)
+    response.labels.extend(labels := [f"class {number}" for number in range(classes)])
+    response.digit_scores.extend([1.0, 2.0, 3.0])
+    predictions = parse(response)
+    assert [prediction.digit for prediction in predictions] == [classes - 1, 0, 10]
+    assert [prediction.label for prediction in predictions] == [labels[classes - 1], "class 0", "class 10"]
+    for prediction in predictions:
+        assert (prediction.probabilities.shape, str(prediction.probabilities.dtype)) == ((classes,), "float32")
+        assert float(prediction.probabilities[prediction.digit]) == prediction.confidence == np.float32(0.91)
+        assert prediction.labels == tuple(labels)
+    assert repr(predictions[0]) == f"Prediction(digit={classes - 1}, label='class {classes - 1}', confidence=0.9100)"
+
+
+def test_a_class_that_is_none_is_no_answer() -> None:
+    response = answer(3, classes=26)
+    response.labels.extend("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    response.digits[0] = 26
+    with pytest.raises(client.ServerError, match=r"of 26 classes"):
         parse(response)
 
 

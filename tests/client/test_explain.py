@@ -13,7 +13,7 @@ import pytest
 
 import client
 from client import cli
-from client._explain import _BAR, _INK, PANEL, draw
+from client._explain import _BAR, _CAPTION, _INK, PANEL, draw
 from digits.preprocessing import preprocess
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +75,23 @@ def test_names_of_classes_stand_before_the_bars_and_leave_room_for_them() -> Non
     digits = draw(stages, plain)
     assert named.size == digits.size
     assert 0 < count(named, _INK, 4, 4) < count(digits, _INK, 4, 4)
+
+
+def test_of_many_classes_the_ten_most_probable_have_bars() -> None:
+    stages, ten = preprocess(SEVEN), prediction(7, 0.9)
+    order = np.random.default_rng(0).permutation(26)
+    probabilities = np.zeros(26, np.float32)
+    probabilities[order] = np.linspace(0.05, 0.0, 26)
+    probabilities[order[0]] = 0.5
+    labels = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    letters = dataclasses.replace(ten, digit=int(order[0]), confidence=0.5, probabilities=probabilities, labels=labels)
+    first = order[:10]
+    only = dataclasses.replace(
+        letters, digit=0, probabilities=probabilities[first], labels=tuple(labels[number] for number in first)
+    )
+    assert draw(stages, letters).tobytes() != draw(stages, ten).tobytes()
+    answers = [np.asarray(draw(stages, drawn))[_CAPTION + 16 :, 16 + 4 * (PANEL + 16) :] for drawn in (letters, only)]
+    np.testing.assert_array_equal(answers[0], answers[1])
 
 
 def test_a_picture_without_a_digit_is_told_in_words() -> None:

@@ -27,7 +27,7 @@ from digits.checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from digits.network import ImprovedNN
+from digits.network import ARCHITECTURES, ImprovedNN
 
 
 class OriginsNN(nn.Module):
@@ -206,6 +206,9 @@ def test_a_manifest_nested_beyond_reason_is_refused(weights: Path) -> None:
         ("digit_threshold", -3.5e38),
         ("labels", "0123456789"),
         ("labels", ["0", "1"]),
+        ("labels", [*"012345678"]),
+        ("labels", ["A"] * 101),
+        ("labels", []),
         ("labels", list(range(10))),
         ("labels", None),
         ("sha256", 5),
@@ -246,6 +249,37 @@ def test_labels_of_any_script_are_taken_and_empty_ones_where_there_is_no_class(w
     labels = ("a" * 100, "七", "семь", "T-shirt/top", "👟", *[""] * 5)
     save_checkpoint(weights, ImprovedNN(), Manifest(labels=labels))
     assert load_checkpoint(weights).manifest.labels == labels
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("classes", [11, 26, 100])
+def test_a_network_has_an_output_for_each_label(architecture: str, classes: int, weights: Path) -> None:
+    labels = tuple(f"class {number}" for number in range(classes))
+    network = ARCHITECTURES[architecture](classes).eval()
+    save_checkpoint(weights, network, Manifest(architecture=architecture, labels=labels))
+    loaded = load_checkpoint(weights)
+    x = torch.randn(3, 784)
+    assert loaded.manifest.labels == labels
+    assert torch.equal(loaded.network(x), network(x))
+    assert loaded.network(x).shape == (3, classes)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "outputs", "labels"),
+    [(None, 26, 10), ({"architecture": "ImprovedNN"}, 11, 10), ({"labels": ["A"] * 26}, 10, 26), ({}, 9, 10)],
+)
+def test_weights_and_labels_that_disagree_are_refused_with_both_numbers(
+    manifest: dict[str, object] | None, outputs: int, labels: int, weights: Path
+) -> None:
+    torch.save(ImprovedNN(outputs).state_dict(), weights)
+    if manifest is not None:
+        manifest_path(weights).write_text(json.dumps(manifest))
+    with pytest.raises(InvalidCheckpoint) as refused:
+        load_checkpoint(weights)
+    assert str(refused.value) == (
+        f"{weights}: the weights have an output for each of the {labels} labels that mnist_model.json gives, "
+        f"or of the ten digits where it gives none; fc3.bias has {outputs}"
+    )
 
 
 def test_of_a_wrong_value_the_message_repeats_the_beginning(weights: Path) -> None:

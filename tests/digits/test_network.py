@@ -98,3 +98,23 @@ def test_every_architecture_goes_by_its_classes_name() -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_answers_ten_logits_for_784_features(name: str) -> None:
     assert ARCHITECTURES[name]().eval()(torch.zeros(2, 784)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("classes", [26, 100])
+def test_for_other_classes_only_the_last_layer_is_another(name: str, classes: int) -> None:
+    plain, other = ARCHITECTURES[name]().state_dict(), ARCHITECTURES[name](classes).state_dict()
+    assert list(other) == list(plain)
+    *same, weight, bias = plain
+    assert all(other[key].shape == plain[key].shape for key in same)
+    assert (other[weight].shape, other[bias].shape) == ((classes, plain[weight].shape[1]), (classes,))
+    assert ARCHITECTURES[name](classes).eval()(torch.zeros(2, 784)).shape == (2, classes)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_ten_classes_are_the_default_down_to_the_random_numbers(name: str) -> None:
+    torch.manual_seed(0)
+    plain = ARCHITECTURES[name]().state_dict()
+    torch.manual_seed(0)
+    told = ARCHITECTURES[name](10).state_dict()
+    assert all(torch.equal(told[key], tensor) for key, tensor in plain.items())

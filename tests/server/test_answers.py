@@ -13,9 +13,9 @@ from server.batching import Answer
 from server.inference import Scores
 
 
-def scores_of(rows: int, version: str = "0123456789ab") -> Scores:
+def scores_of(rows: int, version: str = "0123456789ab", classes: int = 10) -> Scores:
     chance = np.random.default_rng(rows)
-    logits = chance.normal(size=(rows, 10)).astype(np.float32)
+    logits = chance.normal(size=(rows, classes)).astype(np.float32)
     odds = np.exp(logits)
     probabilities: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = odds / odds.sum(axis=1, keepdims=True)
     digit_scores: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = np.log(odds.sum(axis=1))
@@ -39,14 +39,15 @@ def built_the_ordinary_way(answers: list[Answer[Scores]], include_logits: bool) 
 
 @pytest.mark.parametrize("include_logits", [False, True])
 @pytest.mark.parametrize("parts", [[1], [10], [127], [128], [300], [1, 1], [256, 256, 5]], ids=str)
-def test_a_response_equals_the_one_built_by_protobuf(parts: list[int], include_logits: bool) -> None:
-    answers = [Answer(scores_of(rows), rows + 3, 0.25 * rows, 0.5) for rows in parts]
+@pytest.mark.parametrize("classes", [10, 26, 100])
+def test_a_response_equals_the_one_built_by_protobuf(parts: list[int], include_logits: bool, classes: int) -> None:
+    answers = [Answer(scores_of(rows, classes=classes), rows + 3, 0.25 * rows, 0.5) for rows in parts]
     response = build_response(answers, include_logits)
     expected = built_the_ordinary_way(answers, include_logits)
     assert response == expected
     assert response.SerializeToString(deterministic=True) == expected.SerializeToString(deterministic=True)
     assert len(response.digits) == sum(parts)
-    assert len(response.logits) == (10 * sum(parts) if include_logits else 0)
+    assert len(response.logits) == (classes * sum(parts) if include_logits else 0)
 
 
 def test_rows_that_are_a_slice_of_a_larger_batch_are_sent_alone() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from digits.checkpoint import Checkpoint, Manifest, load_checkpoint, save_checkpoint
-from digits.network import CNN, ImprovedNN
+from digits.network import ARCHITECTURES, CNN, ImprovedNN
 from digits.preprocessing import normalize
 from digits.snapshot import InvalidCheckpoint, take_snapshot
 from server.inference import (
@@ -75,6 +75,35 @@ def test_a_convolutional_network_says_what_plain_torch_says_of_it(rows: int) -> 
         np.testing.assert_allclose(scores.logits, expected.numpy(), rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(scores.digit_scores, torch.logsumexp(expected, 1).numpy(), rtol=1e-4, atol=1e-4)
         assert scores.digits.tolist() == expected.argmax(1).tolist()
+
+
+@pytest.mark.parametrize("rows", [1, 2, CACHED_ROWS + 1])
+@pytest.mark.parametrize("classes", [11, 26, 100])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_model_of_other_classes_says_what_plain_torch_says_of_it(architecture: str, classes: int, rows: int) -> None:
+    torch.manual_seed(classes)
+    network = ARCHITECTURES[architecture](classes)
+    labels = tuple(f"class {number}" for number in range(classes))
+    manifest = Manifest(architecture=architecture, labels=labels, temperature=1.5)
+    pixels = np.random.default_rng(1).integers(0, 256, (rows, 784), np.uint8)
+    expected = logits_of_plain_torch(network, pixels)
+    classifier = Classifier(Checkpoint(network, manifest, 64 * "0"))
+    blocks: list[Rows] = [pixels, normalize(pixels)]
+    for scores in (*map(classifier.predict, blocks), *classifier.run_batch(blocks)):
+        np.testing.assert_allclose(scores.logits, expected.numpy(), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(scores.probabilities, torch.softmax(expected / 1.5, 1).numpy(), atol=1e-5)
+        np.testing.assert_allclose(scores.digit_scores, torch.logsumexp(expected / 1.5, 1).numpy(), rtol=1e-4)
+        assert scores.digits.tolist() == expected.argmax(1).tolist()
+        assert (scores.probabilities.shape, str(scores.probabilities.dtype)) == ((rows, classes), "float32")
+        assert (str(scores.digits.dtype), scores.labels) == ("uint8", labels)
+
+
+def test_the_last_of_a_hundred_classes_is_told_by_its_number() -> None:
+    network = ImprovedNN(100)
+    with torch.no_grad():
+        network.fc3.bias[99] = 1e4
+    classifier = Classifier(Checkpoint(network, Manifest(labels=("class",) * 100), 64 * "0"))
+    assert [classifier.predict(PIXELS[:rows]).digits.tolist() for rows in (1, 3)] == [[99], [99, 99, 99]]
 
 
 def test_only_a_perceptron_is_quick() -> None:
@@ -197,6 +226,8 @@ def test_a_network_whose_answers_are_not_finite_is_not_served() -> None:
 
 def test_a_model_of_other_things_need_not_read_digits_but_gives_numbers(tmp_path: Path) -> None:
     weights = tmp_path / "mnist_model.pth"
+    save_checkpoint(weights, ImprovedNN(26), Manifest(labels=tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")))
+    assert len(load_classifier(take_snapshot(weights), max_batch_size=4).checkpoint.manifest.labels) == 26
     fashion = Manifest(
         labels=("shirt", "bag", "boot", "coat", "dress", "sandal", "trouser", "pullover", "sneaker", "top")
     )

@@ -44,6 +44,7 @@ pytestmark = pytest.mark.usefixtures("no_stray_errors")
 TIMEOUT = 30
 PIXELS = np.random.default_rng(0).integers(0, 256, (300, 784), np.uint8)
 VERSION = "0123456789ab"
+LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 LABELS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 METHODS = {
     "ServerLive": pb.ServerLiveRequest(),
@@ -61,9 +62,9 @@ METHODS = {
 class Model(Classifier):
     """An untrained network that remembers the rows of its batches and waits to be let go when held."""
 
-    def __init__(self, *, held: bool = False, version: str = VERSION) -> None:
+    def __init__(self, *, held: bool = False, version: str = VERSION, labels: tuple[str, ...] = LABELS) -> None:
         torch.manual_seed(0)
-        super().__init__(Checkpoint(ImprovedNN(), Manifest(labels=LABELS), version + 52 * "0"))
+        super().__init__(Checkpoint(ImprovedNN(len(labels)), Manifest(labels=labels), version + 52 * "0"))
         self.batches: list[int] = []
         self.held = held
         self._begun = threading.Semaphore(0)
@@ -241,6 +242,42 @@ async def test_there_are_ten_classes_however_many_are_asked_for() -> None:
         assert len(elements_of(response.raw_output_contents[0])) == 30
 
 
+async def test_of_letters_there_are_twenty_six() -> None:
+    model = Model(labels=LETTERS)
+    async with serving(model) as served:
+        response = await served.core.model_infer(asking("probabilities", classification=1000))
+        every = outputs_of(await served.core.model_infer(raw(PIXELS[:3])))
+        about = served.core.model_metadata(pb.ModelMetadataRequest(name="mnist"))
+        config = served.core.model_config(pb.ModelConfigRequest(name="mnist")).config
+    expected = model.predict(PIXELS[:3])
+    assert list(response.outputs[0].shape) == [3, 26]
+    for row, values in zip(outputs_of(response)["probabilities"], expected.probabilities, strict=True):
+        order = np.argsort(-values).tolist()
+        assert [element.split(":")[1:] for element in row.tolist()] == [[str(i), LETTERS[i]] for i in order]
+    assert {name: output.shape for name, output in every.items()} == {
+        "digit": (3,),
+        "probabilities": (3, 26),
+        "logits": (3, 26),
+        "digit_score": (3,),
+    }
+    np.testing.assert_allclose(every["logits"], expected.logits, atol=1e-4)
+    assert every["digit"].tolist() == expected.digits.tolist()
+    assert {t.name: list(t.shape) for t in about.outputs} == {
+        "digit": [-1],
+        "probabilities": [-1, 26],
+        "logits": [-1, 26],
+        "digit_score": [-1],
+    }
+    assert [list(t.dims) for t in config.output] == [[1], [26], [26], [1]]
+
+
+async def test_labels_are_those_of_digits_where_the_model_says_nothing_else() -> None:
+    async with serving(Model(labels=tuple("0123456789"))) as served:
+        response = await served.core.model_infer(asking("logits", classification=10))
+    for row in outputs_of(response)["logits"].tolist():
+        assert sorted(element.split(":")[1:] for element in row) == [[digit, digit] for digit in "0123456789"]
+
+
 async def test_a_request_larger_than_a_batch_is_split_and_put_together_again() -> None:
     model = Model()
     async with serving(model, max_batch_size=64) as served:
@@ -400,12 +437,12 @@ def bad_requests() -> dict[str, tuple[pb.ModelInferRequest, str, str]]:
         "classes of the digit": (
             asking("digit", classification=1),
             "outputs[0].parameters",
-            "for the tensors with 10 classes, not for digit",
+            "for the tensors probabilities and logits, not for digit",
         ),
         "classes of the digit score": (
             asking("digit_score", classification=1),
             "outputs[0].parameters",
-            "for the tensors with 10 classes, not for digit_score",
+            "for the tensors probabilities and logits, not for digit_score",
         ),
         "no classes": (
             asking("logits", classification=0),
@@ -539,6 +576,27 @@ async def test_a_version_that_was_exchanged_while_the_request_waited_is_not_foun
         assert (await unnamed).model_version == "ba9876543210"
         with pytest.raises(NotFound, match=f"version 'ba9876543210' .* not '{VERSION}'"):
             await named
+
+
+@pytest.mark.parametrize(("before", "after"), [(LABELS, LETTERS), (LETTERS, LABELS)], ids=["more", "fewer"])
+async def test_labels_are_those_of_the_model_that_computed_it_whatever_was_served_before(
+    before: tuple[str, ...], after: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.service, "INLINE_SIZE", 0)
+    held, other = Model(held=True, labels=before), Model(version="ba9876543210", labels=after)
+    async with serving(held) as served:
+        first = asyncio.create_task(served.core.model_infer(asking("logits", classification=100)))
+        await held.begun()
+        second = asyncio.create_task(served.core.model_infer(asking("logits", classification=100)))
+        await asyncio.sleep(0)  # it is in the queue
+        served.service.serve_model(other)
+        held.let_go()
+        for model, labels, response in ((held, before, await first), (other, after, await second)):
+            assert response.model_version == model.checkpoint.version
+            assert list(response.outputs[0].shape) == [3, len(labels)]
+            order = np.argsort(-model.predict(PIXELS[:3]).logits, axis=1).tolist()
+            told = [[element.split(":")[2] for element in row] for row in outputs_of(response)["logits"].tolist()]
+            assert told == [[labels[index] for index in row] for row in order]
 
 
 async def test_before_the_model_is_loaded_the_server_is_live_and_not_ready() -> None:

@@ -18,7 +18,17 @@ from digits.preprocessing import to_pixels
 from server.golden import golden_digits
 from trainer.cli import main
 from trainer.data import DIGITS, DataError
-from trainer.datasets import EMNIST_DIGITS, FASHION, FASHION_MNIST, KMNIST, QMNIST, load_data, load_folder
+from trainer.datasets import (
+    EMNIST_DIGITS,
+    EMNIST_LETTERS,
+    FASHION,
+    FASHION_MNIST,
+    KMNIST,
+    LETTERS,
+    QMNIST,
+    load_data,
+    load_folder,
+)
 
 WriteMnist = Callable[..., dict[str, npt.NDArray[np.uint8]]]
 
@@ -55,6 +65,20 @@ def test_emnists_columns_become_rows(tmp_path: Path) -> None:
     assert data.labels == DIGITS
 
 
+def test_emnists_letters_are_numbered_from_one(tmp_path: Path) -> None:
+    images = np.random.default_rng(1).integers(0, 256, (52, 28, 28), dtype=np.uint8)
+    for part in ("train", "test"):
+        write_idx(tmp_path / f"EMNIST/raw/emnist-letters-{part}-images-idx3-ubyte", images)
+        write_idx(
+            tmp_path / f"EMNIST/raw/emnist-letters-{part}-labels-idx1-ubyte", np.arange(52, dtype=np.uint8) % 26 + 1
+        )
+    data = load_data("emnist-letters", tmp_path, download=False)
+    assert np.array_equal(data.test.pixels.reshape(52, 28, 28), images.transpose(0, 2, 1))
+    assert data.train.labels.tolist() == data.test.labels.tolist() == [*range(26)] * 2
+    assert data.labels == LETTERS == tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    assert data.name == "EMNIST Letters"
+
+
 def test_of_qmnists_labels_the_first_is_the_digit(tmp_path: Path) -> None:
     images = np.random.default_rng(1).integers(0, 256, (20, 28, 28), dtype=np.uint8)
     labels = np.stack([np.arange(20) % 10, *[np.full(20, 99)] * 7], axis=1).astype(np.int32)
@@ -70,6 +94,7 @@ KIN = {
     "fashion-mnist": (FASHION_MNIST, "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"),
     "kmnist": (KMNIST, "http://codh.rois.ac.jp/kmnist/dataset/kmnist/"),
     "emnist-digits": (EMNIST_DIGITS, "https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip"),
+    "emnist-letters": (EMNIST_LETTERS, "https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip"),
     "qmnist": (QMNIST, "https://raw.githubusercontent.com/facebookresearch/qmnist/master/"),
 }
 
@@ -79,7 +104,8 @@ def test_what_is_missing_is_named_with_the_folder_and_where_it_comes_from(tmp_pa
     source, address = KIN[dataset]
     raw = tmp_path / source.name / "raw"
     write_idx(raw / source.files[0], np.zeros((1, 28, 28), np.uint8))
-    with pytest.raises(DataError, match=rf"^{source.name} is not complete, and .*--no-download") as caught:
+    title = source.title or source.name
+    with pytest.raises(DataError, match=rf"^{title} is not complete, and .*--no-download") as caught:
         load_data(dataset, tmp_path, download=False)
     message = str(caught.value)
     assert str(raw) in message
@@ -95,6 +121,9 @@ def test_what_is_missing_is_named_with_the_folder_and_where_it_comes_from(tmp_pa
             assert f"  curl -fL --create-dirs -o {raw / file}.gz {address}{file}.gz" in message
 
 
+EMNIST_FILES = ("images-idx3-ubyte", "labels-idx1-ubyte")
+
+
 @pytest.mark.usefixtures("torchvision")
 @pytest.mark.parametrize("dataset", KIN)
 def test_the_files_and_addresses_are_torchvisions(dataset: str) -> None:
@@ -102,8 +131,14 @@ def test_the_files_and_addresses_are_torchvisions(dataset: str) -> None:
 
     source, address = KIN[dataset]
     kind = getattr(torchvision.datasets, source.name)
-    if dataset == "emnist-digits":
+    if source.name == "EMNIST":
         assert address == kind.url
+        split = source.options["split"]
+        assert source.files == tuple(
+            f"emnist-{split}-{part}-{content}" for part in ("train", "test") for content in EMNIST_FILES
+        )
+        named = [*map(str.upper, kind.classes_split_dict[split])]  # of letters, the first is "N/A"
+        assert source.labels == tuple(named[source.first_label :])
     elif dataset == "qmnist":
         assert [f"{address}{file}.gz" for file in source.files] == [
             url for part in ("train", "test") for url, _ in kind.resources[part]
@@ -111,18 +146,22 @@ def test_the_files_and_addresses_are_torchvisions(dataset: str) -> None:
     else:
         assert address in kind.mirrors
         assert [f"{file}.gz" for file in source.files] == [file for file, _ in kind.resources]
-    assert source.labels == (tuple(kind.classes) if dataset in ("fashion-mnist", "kmnist") else DIGITS)
+    if dataset in ("fashion-mnist", "kmnist"):
+        assert source.labels == tuple(kind.classes)
+    elif dataset != "emnist-letters":
+        assert source.labels == DIGITS
 
 
 @pytest.mark.parametrize("dataset", KIN)
 def test_packed_files_will_do_for_mnists_kin_too_and_are_checked_as_well(tmp_path: Path, dataset: str) -> None:
     source, address = KIN[dataset]
     raw = tmp_path / source.name / "raw"
-    labels = np.arange(20) % 10
+    first, last = source.first_label, source.first_label + len(source.labels) - 1
+    labels = np.append(np.arange(19) % 10, last - first)
     for images_file, labels_file in (source.files[:2], source.files[2:]):
         write_idx(raw / images_file, np.ones((20, 28, 28), np.uint8))
         long = np.stack([labels] * 8, axis=1).astype(np.int32)
-        write_idx(raw / labels_file, long if dataset == "qmnist" else labels.astype(np.uint8))
+        write_idx(raw / labels_file, long if dataset == "qmnist" else (labels + first).astype(np.uint8))
         (raw / f"{images_file}.gz").write_bytes(gzip.compress((raw / images_file).read_bytes()))
         (raw / images_file).unlink()
     data = load_data(dataset, tmp_path, download=False)
@@ -130,19 +169,22 @@ def test_packed_files_will_do_for_mnists_kin_too_and_are_checked_as_well(tmp_pat
     assert data.test.labels.dtype == torch.int64
     assert data.test.pixels.dtype == torch.uint8
 
-    wrong = long.copy() if dataset == "qmnist" else labels.astype(np.uint8)
-    wrong[4] = 11
-    write_idx(raw / source.files[3], wrong)
-    with pytest.raises(DataError, match=rf"{source.files[3]}: .* labels are 0 to 9, these are 0 to 11\n") as caught:
-        load_data(dataset, tmp_path, download=False)
-    assert address in str(caught.value)
+    for outside, span in ((last + 1, f"{first} to {last + 1}"), (first - 1, f"{first - 1} to {last}")):
+        if outside < 0 and dataset != "qmnist":
+            continue  # a byte is never below 0
+        wrong = long.copy() if dataset == "qmnist" else (labels + first).astype(np.uint8)
+        wrong[4] = outside
+        write_idx(raw / source.files[3], wrong)
+        told = rf"{source.files[3]}: .* labels are {first} to {last}, these are {span}\n"
+        with pytest.raises(DataError, match=told) as caught:
+            load_data(dataset, tmp_path, download=False)
+        assert address in str(caught.value)
+    title = source.title or source.name
     write_idx(raw / source.files[3], wrong[:7])
     with pytest.raises(DataError, match="there are 20 images and 7 labels"):
         load_data(dataset, tmp_path, download=False)
     (raw / f"{source.files[0]}.gz").write_bytes(gzip.compress(b"<html>"))
-    with pytest.raises(
-        DataError, match=rf"{source.files[0]}.gz: damaged or no part of {source.name}: .*page of the web"
-    ):
+    with pytest.raises(DataError, match=rf"{source.files[0]}.gz: damaged or no part of {title}: .*page of the web"):
         load_data(dataset, tmp_path, download=False)
 
 
@@ -209,9 +251,9 @@ class TestFolder:
     @pytest.mark.parametrize(
         ("files", "message"),
         [
-            ([], r"2 to 10 classes, with the pictures in it, not 0"),
-            (["a/x.png"], r"2 to 10 classes, with the pictures in it, not 1: a"),
-            ([f"{letter}/x.png" for letter in "abcdefghijk"], r"not 11: a, b, c"),
+            ([], r"2 to 100 classes, with the pictures in it, not 0"),
+            (["a/x.png"], r"2 to 100 classes, with the pictures in it, not 1: a"),
+            ([f"{number:03}/x.png" for number in range(101)], r"2 to 100 classes, .* not 101: 000, 001, 002"),
             (["0/x.txt", "1/y.txt"], r"/0: a class has 2 pictures or more \(.png, .jpg.*, and this one has 0"),
             (["0/a.png", "0/b.png", "1/y.png"], r"/1: .* one to learn from and one for the test, and this one has 1"),
             (["0/a.png", "0/b.png", "1/.y.png", "1/sub"], r"/1: a class has 2 .*, and this one has 0"),
@@ -281,6 +323,17 @@ class TestFolder:
             (pictures / other).rename(pictures.parent / other)
         flags = ["--dataset", f"folder:{pictures}", "--out", str(tmp_path / "run"), "--epochs", "1"]
         assert main([*flags, "--teacher", "none", "--validation-size", "5"]) == 0
+
+    def test_of_more_than_ten_classes_none_is_left_empty(self, pictures: Path) -> None:
+        for number in range(10):
+            (pictures / str(number)).rename(pictures / f"class {number:02}")
+        for more in ("class 10", "class 11"):
+            (pictures / more).mkdir()
+            for path in [*(pictures / "class 03").iterdir()][:4]:
+                path.rename(pictures / more / path.name)
+        data = load_folder(pictures)
+        assert data.labels == tuple(f"class {number:02}" for number in range(12))
+        assert set(data.train.labels.tolist()) == set(data.test.labels.tolist()) == {*range(12)}
 
     def test_a_path_that_is_empty_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"--dataset folder:PATH names a folder after the colon, and there is"):

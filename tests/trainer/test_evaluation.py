@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from digits.network import ImprovedNN
 from digits.preprocessing import normalize
 from trainer.data import Data, LabelledPixels
-from trainer.evaluation import Evaluation, evaluate, to_features
+from trainer.evaluation import Evaluation, evaluate, evaluation_of, to_features
 
 
 class FirstPixel(nn.Module):
@@ -25,6 +25,17 @@ def labelled(read: list[int], labels: list[int]) -> LabelledPixels:
     pixels = torch.zeros(len(read), 784, dtype=torch.uint8)
     pixels[:, 0] = torch.tensor(read, dtype=torch.uint8)
     return LabelledPixels(pixels, torch.tensor(labels))
+
+
+@pytest.mark.parametrize("classes", [2, 10, 26])
+def test_there_are_as_many_classes_as_logits(classes: int) -> None:
+    labels = torch.arange(classes).repeat(3)
+    logits = 10.0 * torch.nn.functional.one_hot(labels.roll(1), classes).float()
+    result = evaluation_of(logits, labels)
+    assert result.confusion.shape == (classes, classes)
+    assert len(result.recall) == len(result.precision) == classes
+    assert (result.total, result.correct) == (3 * classes, 0)
+    assert result.confusion[0, classes - 1] == 3
 
 
 def test_the_confusion_has_a_row_for_what_is_shown_and_a_column_for_what_is_read() -> None:

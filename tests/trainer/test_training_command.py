@@ -205,6 +205,20 @@ def test_weights_are_not_measured_on_other_things(
     assert message in capsys.readouterr().err
 
 
+def test_a_model_of_another_number_of_classes_neither_teaches_nor_is_measured(
+    tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = tuple(f"{number:02}" for number in range(40))
+    path = tmp_path / "other.pth"
+    save_checkpoint(path, ImprovedNN(40), Manifest(labels=("a", "b", "c", *labels[3:])))
+    data = ["--dataset", f"folder:{pictures}"]
+    assert main([*data, "--teacher", str(path), "--out", str(tmp_path / "run")]) == 1
+    told = ", ".join(["a", "b", "c", *labels[3:30]])
+    assert f"the data set, a, b, c (pictures), and {path} has {told} and 10 more" in capsys.readouterr().err
+    assert main(["evaluate", *data, "--weights", str(path)]) == 1
+    assert f"the classes of {path} are {told} and 10 more, and those of pictures" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("named", "read"),
     [
@@ -212,6 +226,7 @@ def test_weights_are_not_measured_on_other_things(
         ("MNIST", "mnist"),
         ("FashionMNIST", "fashion-mnist"),
         ("EMNIST", "emnist-digits"),
+        ("EMNIST Letters", "emnist-letters"),
         ("my", "mnist"),
     ],
 )

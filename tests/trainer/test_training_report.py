@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image, ImageChops
@@ -82,6 +83,28 @@ def test_pictures_name_the_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cat read as dog\n100%, no. 0" in texts
     texts = texts_of(monkeypatch, lambda: draw_mistakes(pixels, truth, mistaken, "digits"))
     assert "0 read as 1\n100%, no. 0" in texts
+
+
+@pytest.mark.parametrize("classes", [12, 26, 60])
+def test_of_many_classes_each_has_a_line_a_row_and_room_for_its_counts(
+    monkeypatch: pytest.MonkeyPatch, classes: int
+) -> None:
+    labels = tuple(f"class {number}" for number in range(classes))
+    result = Evaluation(torch.ones(classes, classes, dtype=torch.int64) * 1234, loss=0.1)
+    lines = class_table(result, labels).splitlines()
+    assert [line[: len(labels[-1])].strip() for line in lines[1:]] == list(labels)
+    figures: list[Figure] = []
+    monkeypatch.setattr(report, "_png", figures.append)
+    draw_confusion(result, "made", labels)
+    (figure,) = figures
+    FigureCanvasAgg(figure).draw()  # type: ignore[no-untyped-call]
+    (axes,) = figure.axes
+    cell = axes.get_window_extent().width / classes
+    counts = [text for text in axes.texts if text.get_text() == "1234"]
+    assert len(counts) == classes**2
+    assert counts[0].get_window_extent().width < cell, "all are alike"
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(labels)
+    assert figure.get_figwidth() <= 21
 
 
 def test_names_are_drawn_as_they_are_and_none_is_too_long_or_a_formula() -> None:

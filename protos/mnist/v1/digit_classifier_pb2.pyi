@@ -101,15 +101,20 @@ class ClassifyResponse(google.protobuf.message.Message):
     """
     @property
     def digits(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """[n]: the class with the highest probability, 0 to 9."""
+        """[n]: the number of the class with the highest probability, from 0 on; of
+        digits, the digit itself.
+        """
 
     @property
     def probabilities(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """[n, 10], row-major: the probability of each class, 0 to 1; a row sums to 1."""
+        """[n, classes], row-major: the probability of each class, 0 to 1; a row sums
+        to 1. There are as many classes as labels below, or ten where these are
+        empty.
+        """
 
     @property
     def logits(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """[n, 10], row-major: the network's raw outputs, before temperature and
+        """[n, classes], row-major: the network's raw outputs, before temperature and
         softmax. Empty unless include_logits was set.
         """
 
@@ -126,8 +131,8 @@ class ClassifyResponse(google.protobuf.message.Message):
 
     @property
     def labels(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """[10]: the meaning of each class, as in GetModelResponse. Sent only where
-        these are not "0" to "9"; else empty.
+        """[classes]: the meaning of each class, as in GetModelResponse. Sent only
+        where these are not "0" to "9"; else empty.
         """
 
     def __init__(
@@ -372,7 +377,9 @@ class GetModelResponse(google.protobuf.message.Message):
     """As in ClassifyResponse."""
     @property
     def labels(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """[10]: the meaning of each class, for example "0" to "9"."""
+        """[classes], 10 to 100: the meaning of each class, for example "0" to "9" or
+        "A" to "Z"; empty texts where there are fewer than ten.
+        """
 
     def __init__(
         self,

@@ -57,6 +57,20 @@ def test_a_digit_that_left_is_gone_within_half_a_second_and_comes_back_as_anothe
     assert {digit.track for digits in frames[40:] for digit in digits} == {2}
 
 
+def test_a_model_of_other_classes_begins_anew_with_the_digit_that_is_followed() -> None:
+    def letter(number: int) -> Sighting:
+        probabilities = np.full(26, 0.03 / 25, np.float32)
+        probabilities[number] = 0.97
+        return Sighting(Box(100, 100, 150, 150), 1.0, probabilities)
+
+    frames = follow([[sight(7)]] * 20 + [[letter(25)]] * 10 + [[sight(3)]] * 10)
+    assert [digits[0].digit for digits in frames[10:]] == [7] * 10 + [25] * 10 + [3] * 10
+    assert [len(digits[0].probabilities) for digits in frames[10:]] == [10] * 10 + [26] * 10 + [10] * 10
+    assert {digit.track for digits in frames for digit in digits} == {1}
+    for (digit,) in frames[10:]:
+        assert digit.confidence == float(digit.probabilities[digit.digit]) > 0.9
+
+
 def test_single_misreadings_are_outvoted() -> None:
     frames = [[sight(1 if index % 4 == 3 else 7)] for index in range(60)]
     assert {digit.digit for digits in follow(frames) for digit in digits} == {7}
