@@ -228,8 +228,9 @@ class _Perceptron:
     def __call__(self, x: Tensor) -> Tensor:
         """Logits `float32[n, classes]` of `float32[n, 784]`, where n is as `rows_for` says."""
         if self._laid_out and len(x) >= MANY_ROWS:
-            parts = [self._many(part) for part in torch.split(x, ROWS[-1])]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
+            if len(x) <= ROWS[-1]:
+                return self._many(x)
+            return torch.cat([self._many(part) for part in torch.split(x, ROWS[-1])])
         (w1, b1), (w2, b2), (w3, b3) = self._layers
         x = torch.addmm(b1, x, w1).relu_()  # (n, 256)
         x = torch.addmm(b2, x, w2).relu_()  # (n, 128)
