@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,6 +22,9 @@ KINDS = {
 
 WRONG = "wrong answer"
 
+MESSAGES_BYTES = 64 << 20
+"""So much memory the messages may take; large ones are fewer, but two at least."""
+
 
 class Fault(NamedTuple):
     """Why an answer does not count."""
@@ -37,22 +41,37 @@ class Job:
         """Digits are what to expect of each of the images; None is for a server that computes nothing."""
         self.path = KINDS[kind]
         self.images = count
-        pixels = images()
-        rows = [rows_of(message, count) for message in range(IMAGES)]
+        self._messages = messages_of(kind, count)
         known = None if digits is None else np.array(digits)
-        self.expected = [fixed_digits(count) if known is None else known[chosen].tolist() for chosen in rows]
-        make = {"classify": _classify, "stream": _frames, "infer": _infer}[kind]
-        self.messages = [make(pixels[chosen].tobytes(), count) for chosen in rows]
+        rows = (rows_of(message, count) for message in range(len(self._messages)))
+        self._expected = [fixed_digits(count) if known is None else known[chosen].tolist() for chosen in rows]
         self._read = _inferred if kind == "infer" else _classified
+
+    def message(self, number: int) -> bytes:
+        """The one that is sent with this number."""
+        return self._messages[number % len(self._messages)]
+
+    def digits(self, number: int) -> list[int]:
+        """What is to be answered to it."""
+        return self._expected[number % len(self._expected)]
 
     def fault(self, number: int, answer: bytes) -> Fault | None:
         """What is wrong with the answer to the unary call of this number."""
-        expected = self.expected[number % IMAGES]
+        expected = self.digits(number)
         try:
             digits = self._read(answer)
         except Exception as error:  # protobuf's DecodeError among others
             return Fault(WRONG, f"message {number}: no message that can be read: {error}")
         return None if digits == expected else Fault(WRONG, f"message {number}: {digits} instead of {expected}")
+
+
+@functools.lru_cache(maxsize=1)
+def messages_of(kind: str, count: int) -> list[bytes]:
+    """Messages of so many images, all different; kept for the ceiling, which is measured behind the server."""
+    make = {"classify": _classify, "stream": _frames, "infer": _infer}[kind]
+    pixels = images()
+    distinct = min(IMAGES, max(MESSAGES_BYTES // (count * PIXELS), 2))
+    return [make(pixels[rows_of(message, count)].tobytes(), count) for message in range(distinct)]
 
 
 def numbered(sequence: int, frames: bytes) -> bytes:

@@ -144,6 +144,7 @@ def _figures(load: Load, outcome: Outcome) -> dict[str, Any]:
         "latency_us": outcome.latencies.summary(),
         "late_us": outcome.late.summary() if load.rate is not None else None,
         "all_messages": outcome.all_answered,
+        "sent_again": outcome.sent_again,
         "generator_core_share": round(outcome.cpu_seconds / load.seconds, 3),
         "faults": dict(outcome.faults),
         "examples": outcome.examples,
