@@ -181,6 +181,12 @@ def test_the_ceiling_of_an_open_loop_is_that_of_a_closed_one(good: Door, monkeyp
     assert ceiling(good, Load(rate=10))["messages_per_second"] > 10
 
 
+def test_answers_of_the_ceiling_are_checked(faulty: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client.load.ceiling.SECONDS", 0.2)
+    with pytest.raises(LoadFailed, match="wrong answer"):
+        ceiling(Door(faulty("wrong")), Load())
+
+
 def test_times_are_even_or_random_and_of_this_rate() -> None:
     assert list(itertools.islice(evenly(5, 4), 3)) == [5, 5.25, 5.5]
     times = list(itertools.islice(at_random(5, 4), 10_000))
