@@ -41,23 +41,19 @@ class Job:
         """Digits are what to expect of each of the images; None is for a server that computes nothing."""
         self.path = KINDS[kind]
         self.images = count
-        self._messages = messages_of(kind, count)
+        distinct = messages_of(kind, count)
         known = None if digits is None else np.array(digits)
-        rows = (rows_of(message, count) for message in range(len(self._messages)))
-        self._expected = [fixed_digits(count) if known is None else known[chosen].tolist() for chosen in rows]
+        rows = (rows_of(message, count) for message in range(len(distinct)))
+        expected = [fixed_digits(count) if known is None else known[chosen].tolist() for chosen in rows]
+        self.messages = [distinct[number % len(distinct)] for number in range(IMAGES)]
+        """The i-th of 256, and so on round."""
+        self.expected = [expected[number % len(distinct)] for number in range(IMAGES)]
+        """What is to be answered to them."""
         self._read = _inferred if kind == "infer" else _classified
-
-    def message(self, number: int) -> bytes:
-        """The one that is sent with this number."""
-        return self._messages[number % len(self._messages)]
-
-    def digits(self, number: int) -> list[int]:
-        """What is to be answered to it."""
-        return self._expected[number % len(self._expected)]
 
     def fault(self, number: int, answer: bytes) -> Fault | None:
         """What is wrong with the answer to the unary call of this number."""
-        expected = self.digits(number)
+        expected = self.expected[number % IMAGES]
         try:
             digits = self._read(answer)
         except Exception as error:  # protobuf's DecodeError among others

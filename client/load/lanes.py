@@ -5,6 +5,7 @@ Knows nothing of when messages are sent.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from typing import NamedTuple, Protocol
 import grpc
 from google.protobuf.message import DecodeError
 
+from client.load.images import IMAGES
 from client.load.jobs import WRONG, Fault, Job, numbered
 from client.load.wire import MOST, Call, Connection, ConnectionEnded
 from protos.mnist.v1 import digit_classifier_pb2 as pb
@@ -114,7 +116,7 @@ class UnaryLane:
         return self._connection.wants_to_write
 
     def send(self, number: int, meant: float) -> None:
-        self._connection.call(self._job.message(number), tag=(number, meant))
+        self._connection.call(self._job.messages[number % IMAGES], tag=(number, meant))
         self.under_way += 1
 
     def exchange(self) -> list[Answer]:
@@ -165,7 +167,7 @@ class StreamLane:
         return self._connection.wants_to_write
 
     def send(self, number: int, meant: float) -> None:
-        frames = self._job.message(number)
+        frames = self._job.messages[number % IMAGES]
         self._connection.send(self._stream, numbered(self._messages * self._job.images, frames))
         self._messages += 1
         self._sent.append((number, meant))
@@ -211,7 +213,7 @@ class StreamLane:
         return answers
 
     def _fault(self, number: int, found: list[int | Fault]) -> Fault | None:
-        expected = self._job.digits(number)
+        expected = self._job.expected[number % IMAGES]
         if found == expected:
             return None
         faults = (one for one in found if isinstance(one, Fault))
@@ -257,10 +259,24 @@ def end_fault(call: Call) -> Fault | None:
     """
     if call.reset is not None:
         return Fault("reset", f"the server reset the stream with error {call.reset}")
-    if (http := call.http_status) != b"200":
-        return Fault(f"HTTP status {http.decode(errors='replace')!r}", "gRPC answers have 200")
     if not call.has_trailers:
-        return Fault("no status", "an answer ended without trailers, where gRPC's status stands")
+        # Of what is no gRPC, the status says more.
+        return _head_fault(call.http_status) or Fault("no status", "an answer ended without trailers, where it stands")
+    return _fault_of_headers(call.head, call.headers)
+
+
+def _head_fault(status: bytes) -> Fault | None:
+    if status == b"200":
+        return None
+    return Fault(f"HTTP status {status.decode(errors='replace')!r}", "gRPC's answers have 200")
+
+
+@functools.lru_cache(maxsize=10_000)
+def _fault_of_headers(head: bytes, last: bytes) -> Fault | None:
+    """What an answer's two header blocks say, which are the same for most answers."""
+    call = Call(None, head=head, headers=last)
+    if (fault := _head_fault(call.http_status)) is not None:
+        return fault
     metadata = call.metadata()
     status = metadata.get("grpc-status", b"")
     if status == b"0":

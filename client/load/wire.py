@@ -32,6 +32,8 @@ INITIAL_WINDOW = 65_535
 FRAME_BYTES = 16_384
 REFUSED_STREAM, CANCEL = 7, 8
 MOST = 2**31 - 1
+PREFIX = struct.Struct(">BI")
+"""gRPC's five bytes before a message: whether it is compressed, and its length."""
 LENGTHS = {RST_STREAM: 4, PING: 8, WINDOW_UPDATE: 4}
 """Of frames that have one."""
 CONNECT_SECONDS = 10.0
@@ -82,14 +84,13 @@ class Call:
     @property
     def body_fault(self) -> str:
         """Why the body is not exactly one message that is not compressed; empty if it is."""
-        body = self.body
-        if len(body) < 5:
-            return f"an answer of {len(body)} bytes has no message"
-        if body[0]:
+        came = len(self.body) - 5
+        if came < 0:
+            return f"an answer of {came + 5} bytes has no message"
+        compressed, said = PREFIX.unpack_from(self.body)
+        if compressed:
             return "a message that is said to be compressed, which was not asked for"
-        if (said := int.from_bytes(body[1:5])) != len(body) - 5:
-            return f"a message of {said} bytes is announced, and {len(body) - 5} came"
-        return ""
+        return "" if said == came else f"a message of {said} bytes is announced, and {came} came"
 
     def take_messages(self) -> Iterator[bytes]:
         """The messages of a stream's answer that have come as a whole, each once.
@@ -408,7 +409,7 @@ def frame(kind: int, flags: int, stream: int, content: bytes | memoryview) -> by
 
 
 def _framed(message: bytes) -> bytes:
-    return struct.pack(">BI", 0, len(message)) + message
+    return PREFIX.pack(0, len(message)) + message
 
 
 def literal(name: str, value: str) -> bytes:

@@ -38,10 +38,11 @@ def test_messages_are_different_and_take_no_more_memory_than_said(kind: str, cou
 
 def test_messages_go_round_with_their_digits() -> None:
     job = Job("classify", 4096, labels())
-    assert job.message(21) is job.message(1) is not job.message(2)
-    assert job.digits(21) == job.digits(1) != job.digits(2)
-    assert job.digits(1)[:3] == labels()[7:10]
+    assert len(job.messages) == len(job.expected) == IMAGES
+    assert job.messages[21] is job.messages[1] is not job.messages[2]
+    assert job.expected[21] == job.expected[1] != job.expected[2]
+    assert job.expected[1][:3] == labels()[7:10]
 
 
 def test_the_ceiling_is_measured_with_the_same_messages() -> None:
-    assert Job("classify", 3, labels()).message(0) is Job("classify", 3, None).message(0)
+    assert Job("classify", 3, labels()).messages[0] is Job("classify", 3, None).messages[0]
