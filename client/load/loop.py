@@ -170,6 +170,8 @@ class Open:
         self.sent_again = 0
         self._number = 0
         self._lane = 0
+        self._full_turns = 0  # that ended though more could have been sent: the generator is the limit
+        self._blocked_turns = 0  # or for want of room: the server is
 
     def turn(self, now: float, end: float) -> float:
         for lane in self._lanes:
@@ -193,7 +195,9 @@ class Open:
             for meant in all_meant:
                 self.late.add(int((at - meant) * 1e9))
         if waits and not left:
+            self._full_turns += 1
             return now
+        self._blocked_turns += waits
         if waits or now >= end:  # for answers
             return end if now < end else math.inf
         return min(self._next, end)
@@ -228,7 +232,7 @@ class Open:
     def unsent(self, end: float) -> Fault | None:
         if self._next >= end:
             return None
-        if self._roomy() is None:
+        if self._blocked_turns > self._full_turns:
             return Fault(UNSENT, "the server took no more messages at a time")
         return Fault(UNSENT, "the generator is the limit: it cannot send so many a second")
 

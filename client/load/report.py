@@ -56,7 +56,7 @@ def remarks(run: dict[str, Any]) -> list[str]:
     if most is not None and run["rate"] is not None and run["rate"] > most:
         found.append(
             f"{number(run['rate'])} messages a second are more than the {number(most)} that the generator can send: "
-            "it is the limit, and not the server"
+            "it is a limit, whatever the server does"
         )
     elif most is not None and run["messages_per_second"] > NEAR * most:
         found.append(f"more than {NEAR:.0%} of what the generator can do: the server may be faster than this figure")
