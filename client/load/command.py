@@ -25,7 +25,8 @@ DESCRIPTION = """\
 Send images to a running server and measure how fast it answers. Every answer
 is checked: first the server is asked for each of 256 images alone, and has to
 read them right; whatever it answers under load has to be the same. A wrong
-answer, an error or a lost one fails the run.
+answer, an error or a lost one fails the run, and so do messages that could not
+be sent, and a connection that the server leaves or allows fewer callers.
 
 Closed loop (--callers): so many messages are unanswered at any time. Open loop
 (--rate): messages are meant to be sent at times that were set beforehand, and
@@ -64,7 +65,7 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="R,...",
         help=f"open loop: messages a second; or 70%% of what {CAPACITY_CALLERS} callers get, which is measured before",
     )
-    parser.add_argument("--even", action="store_true", help="with --rate: evenly, and not at random (Poisson)")
+    parser.add_argument("--even", action="store_true", help="only with --rate: evenly, and not at random (Poisson)")
     parser.add_argument("--connections", type=_count, default=0, metavar="N", help="(default: 4, for a stream 1)")
     parser.add_argument("--seconds", type=_positive, default=5.0, help="of each run (default: 5)")
     parser.add_argument("--warm-up", type=_positive, default=1.0, help="seconds before, not measured (default: 1)")
@@ -76,6 +77,8 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
 def run(client: Client, options: argparse.Namespace) -> int:
     """Measure and print; return 0, 1 if any answer was not right, or 2 for what cannot be measured."""
     try:
+        if options.even and not options.rate:
+            raise ValueError("--even is for --rate")
         door = _door(client, options)
         from client.load.ceiling import ceiling, responder
         from client.load.measure import LoadFailed, measure
@@ -94,31 +97,46 @@ def run(client: Client, options: argparse.Namespace) -> int:
 
     def measured(load: Load) -> dict[str, Any]:
         found: dict[str, Any] = {"name": load.name, **measure(door, load, digits)}
-        if not options.no_ceiling:
-            with responder() as own:
-                found["ceiling"] = ceiling(own, load)
         runs.append(found)
-        print(json.dumps({"target": door.target, **found}) if options.json else line(found), flush=True)
+        try:
+            if not options.no_ceiling:
+                with responder() as own:
+                    found["ceiling"] = ceiling(own, load)
+        finally:
+            print(json.dumps({"target": door.target, **found}) if options.json else line(found), flush=True)
         return found
 
+    code = 0
     try:
         for load in _loads(options):
             if load.rate is not None and load.rate < 0:  # a share of the capacity
-                capacity = measured(replace(load, rate=None, callers=CAPACITY_CALLERS))["messages_per_second"]
-                load = replace(load, rate=max(-load.rate * capacity, 1.0))
+                capacity = measured(replace(load, rate=None, even=False, callers=CAPACITY_CALLERS))
+                if _has_failed(capacity) or not capacity["messages_per_second"]:
+                    raise LoadFailed(f"what {CAPACITY_CALLERS} callers get is not known, and so no share of it")
+                load = replace(load, rate=-load.rate * capacity["messages_per_second"])
             measured(load)
-    except (OSError, ValueError, LoadFailed) as error:
+    except (OSError, LoadFailed) as error:  # first: errors of certificates are ValueErrors, too
         print(f"mnist-grpc bench: {door.target}: {error}", file=sys.stderr)
-        return 1
-    doubts = [f"{found['name']}: {remark}" for found in runs for remark in remarks(found)]
-    failed = any(found["faults"] or not found["latency_us"]["count"] for found in runs)
-    if not options.json and not options.no_ceiling:
+        code = 1
+    except ValueError as error:
+        print(f"mnist-grpc bench: {door.target}: {error}", file=sys.stderr)
+        code = 2
+    if runs and not options.json and not options.no_ceiling:
         print("\nceiling/s: messages a second of the generator itself, at a server that computes nothing")
-    for doubt in doubts:
-        print(f"mnist-grpc bench: {doubt}", file=sys.stderr)
-    if options.plot:
-        draw(options.plot, f"mnist-grpc bench, {door.target}", runs)
-    return 1 if failed else 0
+    for found in runs:
+        for remark in remarks(found):
+            print(f"mnist-grpc bench: {found['name']}: {remark}", file=sys.stderr)
+    if options.plot and runs:
+        try:
+            draw(options.plot, f"mnist-grpc bench, {door.target}", runs)
+        except OSError as error:
+            print(f"mnist-grpc bench: --plot: {error}", file=sys.stderr)
+            code = code or 2
+    return 1 if any(map(_has_failed, runs)) else code
+
+
+def _has_failed(found: dict[str, Any]) -> bool:
+    return bool(found["faults"]) or not found["latency_us"]["count"]
 
 
 def known_digits(client: Client) -> list[int]:

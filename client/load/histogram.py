@@ -35,13 +35,6 @@ class Histogram:
         self._sum += value
         self.largest = max(self.largest, value)
 
-    def merge(self, other: Histogram) -> None:
-        """Count what another one has counted."""
-        self._counts = [mine + its for mine, its in zip(self._counts, other._counts, strict=True)]
-        self.count += other.count
-        self._sum += other._sum
-        self.largest = max(self.largest, other.largest)
-
     def percentile(self, percent: float) -> int:
         """The smallest value that `percent` of all do not exceed, a tenth of a percent too large at most; 0 of none."""
         needed = max(math.ceil(self.count * percent / 100), 1)

@@ -16,7 +16,7 @@ SAMPLES = 20
 
 def images() -> npt.NDArray[np.uint8]:
     """Pixels, `uint8[256, 784]`: twenty digits with a little noise, all different."""
-    tiled = samples()[np.arange(IMAGES) % SAMPLES].astype(np.int16)
+    tiled = samples()[_samples_shown()].astype(np.int16)
     noise = np.random.default_rng(0).integers(0, 32, (IMAGES, PIXELS))
     pixels: npt.NDArray[np.uint8] = np.clip(tiled + noise, 0, 255).astype(np.uint8)
     return pixels
@@ -24,7 +24,12 @@ def images() -> npt.NDArray[np.uint8]:
 
 def labels() -> list[int]:
     """What the images show."""
-    return [index % SAMPLES % CLASSES for index in range(IMAGES)]
+    return [int(sample) % CLASSES for sample in _samples_shown()]
+
+
+def _samples_shown() -> npt.NDArray[np.intp]:
+    """Which digit each image shows: shuffled, so that an answer that is some places off is another digit."""
+    return np.random.default_rng(1).permutation(np.arange(IMAGES) % SAMPLES)
 
 
 def rows_of(message: int, count: int) -> npt.NDArray[np.intp]:

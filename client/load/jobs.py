@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,6 +22,9 @@ KINDS = {
 
 WRONG = "wrong answer"
 
+MESSAGES_BYTES = 64 << 20
+"""So much memory the messages may take; large ones are fewer, but two at least."""
+
 
 class Fault(NamedTuple):
     """Why an answer does not count."""
@@ -37,12 +41,14 @@ class Job:
         """Digits are what to expect of each of the images; None is for a server that computes nothing."""
         self.path = KINDS[kind]
         self.images = count
-        pixels = images()
-        rows = [rows_of(message, count) for message in range(IMAGES)]
+        distinct = messages_of(kind, count)
         known = None if digits is None else np.array(digits)
-        self.expected = [fixed_digits(count) if known is None else known[chosen].tolist() for chosen in rows]
-        make = {"classify": _classify, "stream": _frames, "infer": _infer}[kind]
-        self.messages = [make(pixels[chosen].tobytes(), count) for chosen in rows]
+        rows = (rows_of(message, count) for message in range(len(distinct)))
+        expected = [fixed_digits(count) if known is None else known[chosen].tolist() for chosen in rows]
+        self.messages = [distinct[number % len(distinct)] for number in range(IMAGES)]
+        """The i-th of 256, and so on round."""
+        self.expected = [expected[number % len(distinct)] for number in range(IMAGES)]
+        """What is to be answered to them."""
         self._read = _inferred if kind == "infer" else _classified
 
     def fault(self, number: int, answer: bytes) -> Fault | None:
@@ -53,6 +59,15 @@ class Job:
         except Exception as error:  # protobuf's DecodeError among others
             return Fault(WRONG, f"message {number}: no message that can be read: {error}")
         return None if digits == expected else Fault(WRONG, f"message {number}: {digits} instead of {expected}")
+
+
+@functools.lru_cache(maxsize=1)
+def messages_of(kind: str, count: int) -> list[bytes]:
+    """Messages of so many images, all different; kept for the ceiling, which is measured behind the server."""
+    make = {"classify": _classify, "stream": _frames, "infer": _infer}[kind]
+    pixels = images()
+    distinct = min(IMAGES, max(MESSAGES_BYTES // (count * PIXELS), 2))
+    return [make(pixels[rows_of(message, count)].tobytes(), count) for message in range(distinct)]
 
 
 def numbered(sequence: int, frames: bytes) -> bytes:

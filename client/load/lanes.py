@@ -5,15 +5,18 @@ Knows nothing of when messages are sent.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from client.load.images import IMAGES
 from client.load.jobs import WRONG, Fault, Job, numbered
-from client.load.wire import Call, Connection, ConnectionEnded
+from client.load.wire import MOST, Call, Connection, ConnectionEnded
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 
 STATUSES = {code.value[0]: code.name for code in grpc.StatusCode}
@@ -41,6 +44,18 @@ class Lane(Protocol):
         """Whether the server allows one more message."""
 
     @property
+    def most(self) -> int:
+        """How many messages the server allows at a time; 0 where it takes no more."""
+
+    @property
+    def farewell(self) -> str:
+        """Why it takes no more; empty while it does."""
+
+    @property
+    def is_clogged(self) -> bool:
+        """Whether more messages would only pile up here."""
+
+    @property
     def wants_to_write(self) -> bool: ...
 
     def fileno(self) -> int: ...
@@ -59,7 +74,11 @@ class Lane(Protocol):
         """
 
     def finish(self, patience: float) -> Fault | None:
-        """End what is open, when all is answered; say what is wrong with the end."""
+        """End what is open, when all is answered; say what is wrong with the end.
+
+        Raises:
+            ConnectionEnded: by the server.
+        """
 
     def close(self) -> None: ...
 
@@ -81,6 +100,18 @@ class UnaryLane:
         return self._connection.has_room
 
     @property
+    def most(self) -> int:
+        return 0 if self._connection.is_leaving else self._connection.max_streams
+
+    @property
+    def farewell(self) -> str:
+        return f"the server said GOAWAY: {self._connection.farewell}" if self._connection.is_leaving else ""
+
+    @property
+    def is_clogged(self) -> bool:
+        return self._connection.is_clogged
+
+    @property
     def wants_to_write(self) -> bool:
         return self._connection.wants_to_write
 
@@ -98,8 +129,6 @@ class UnaryLane:
                 continue
             fault = status_fault(call) or self._job.fault(number, call.message)
             answers.append(Answer(meant, call.ended_at, fault))
-        if self._connection.is_leaving and not self._connection.open and not answers:
-            raise ConnectionEnded(f"the server said GOAWAY: {self._connection.farewell}")
         return answers
 
     def finish(self, patience: float) -> Fault | None:
@@ -123,6 +152,15 @@ class StreamLane:
         self.flush = connection.flush
         self.close = connection.close
         self.has_room = True
+        self.farewell = ""
+
+    @property
+    def most(self) -> int:
+        return 0 if self.farewell else MOST
+
+    @property
+    def is_clogged(self) -> bool:
+        return self._connection.is_clogged
 
     @property
     def wants_to_write(self) -> bool:
@@ -141,12 +179,14 @@ class StreamLane:
         answers = [
             answer
             for message in self._call.take_messages()
-            for block in pb.StreamClassifyResponse.FromString(message).blocks
+            for block in _blocks(message)
             for answer in self._read(block, at)
         ]
-        if ended and self.under_way:
-            fault = status_fault(self._call) or Fault(WRONG, "the stream ended early")
-            raise ConnectionEnded(f"{fault.what}: {fault.detail}")
+        if ended:  # `finish` has not asked for it
+            fault = end_fault(self._call) or Fault(WRONG, "the stream ended early")
+            self.farewell, self.has_room = f"{fault.what}: {fault.detail}", False
+            if self.under_way:
+                raise ConnectionEnded(self.farewell)
         return answers
 
     def _read(self, block: pb.FrameBlock, at: float) -> list[Answer]:
@@ -180,23 +220,67 @@ class StreamLane:
         return next(faults, Fault(WRONG, f"message {number}: {found} instead of {expected}"))
 
     def finish(self, patience: float) -> Fault | None:
-        self._connection.end(self._stream)
-        end = time.monotonic() + patience
-        while not self._connection.exchange():
-            if time.monotonic() > end:
-                return Fault("lost answer", "a stream did not end")
-            time.sleep(0.001)
-        return status_fault(self._call)
+        if not self.farewell:
+            self._connection.end(self._stream)
+            end = time.monotonic() + patience
+            while not self._connection.exchange():
+                if time.monotonic() > end:
+                    return Fault("lost answer", "a stream did not end")
+                time.sleep(0.001)
+        if self._call.body:
+            return Fault(WRONG, f"a stream has {len(self._call.body)} bytes behind its last answer")
+        return end_fault(self._call)
+
+
+def _blocks(message: bytes) -> Iterable[pb.FrameBlock]:
+    try:
+        return pb.StreamClassifyResponse.FromString(message).blocks
+    except DecodeError as error:
+        raise ConnectionEnded(f"{WRONG}: a stream has a message that cannot be read: {error}") from error
 
 
 def status_fault(call: Call) -> Fault | None:
-    """What is wrong with how a call ended."""
+    """What is wrong with the answer to a unary call, but for what its message says.
+
+    Raises:
+        ConnectionEnded: its headers cannot be read, and so no later ones.
+    """
+    fault = end_fault(call)
+    if fault is None and (what := call.body_fault):
+        return Fault(WRONG, what)
+    return fault
+
+
+def end_fault(call: Call) -> Fault | None:
+    """What is wrong with how a call ended.
+
+    Raises:
+        ConnectionEnded: its headers cannot be read, and so no later ones.
+    """
     if call.reset is not None:
         return Fault("reset", f"the server reset the stream with error {call.reset}")
+    if not call.has_trailers:
+        # Of what is no gRPC, the status says more.
+        return _head_fault(call.http_status) or Fault("no status", "an answer ended without trailers, where it stands")
+    return _fault_of_headers(call.head, call.headers)
+
+
+def _head_fault(status: bytes) -> Fault | None:
+    if status == b"200":
+        return None
+    return Fault(f"HTTP status {status.decode(errors='replace')!r}", "gRPC's answers have 200")
+
+
+@functools.lru_cache(maxsize=10_000)
+def _fault_of_headers(head: bytes, last: bytes) -> Fault | None:
+    """What an answer's two header blocks say, which are the same for most answers."""
+    call = Call(None, head=head, headers=last)
+    if (fault := _head_fault(call.http_status)) is not None:
+        return fault
     metadata = call.metadata()
     status = metadata.get("grpc-status", b"")
     if status == b"0":
         return None
     text = status.decode(errors="replace")
-    name = STATUSES.get(int(text)) if text.isdecimal() else None
+    name = STATUSES.get(int(text)) if text.isdecimal() and len(text) < 3 else None
     return Fault(name or f"status {text!r}", metadata.get("grpc-message", b"").decode(errors="replace"))

@@ -23,11 +23,20 @@ from client.load.lanes import Answer, Lane
 from client.load.wire import ConnectionEnded
 
 LOST = "lost answer"
+UNSENT = "not sent"
 POLL_SECONDS = 0.05
 BLOCKED_SECONDS = 0.001
 """How soon to try again to send what the socket did not take."""
 LANES_TO_SELECT = 64
 """So many are waited for by select, to the microsecond; more by epoll, to the millisecond."""
+MESSAGES_A_TURN = 64
+"""An open loop reads what has come after so many, however many are late."""
+MOST_UNDER_WAY = 1 << 16
+"""Of an open loop, on a connection: what is unanswered takes memory. More wait and keep their times."""
+
+
+class TooFewCallers(Exception):
+    """A connection cannot hold its share of them any more."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,8 @@ class Outcome:
     """Right answers that came while it was measured."""
     all_answered: int = 0
     """Right answers, with those of the warm-up and of the time after."""
+    sent_again: int = 0
+    """Messages that the server did not begin with."""
     cpu_seconds: float = 0.0
     """Of this process, while it was measured."""
     faults: Counter[str] = field(default_factory=Counter)
@@ -64,18 +75,41 @@ class Outcome:
         self.faults[fault.what] += times
         self.examples.setdefault(fault.what, fault.detail)
 
+    def count(self, answer: Answer, begin: float, end: float) -> None:
+        """An answer, of a run that is measured between these times."""
+        if answer.fault is not None:
+            self.note(answer.fault)
+            return
+        self.all_answered += 1
+        self.answered += begin <= answer.at < end
+        if begin <= answer.meant < end:
+            self.latencies.add(int((answer.at - answer.meant) * 1e9))
+
 
 class Sender(Protocol):
     """Decides what is sent when."""
 
     late: Histogram
+    sent_again: int
+    """Messages that the server did not begin with."""
 
     def turn(self, now: float, end: float) -> float:
-        """Put into the lanes what is to be sent; return when the next turn is due at the latest."""
+        """Put into the lanes what is to be sent; return when the next turn is due at the latest.
+
+        Raises:
+            ConnectionEnded: by the server, which takes no more messages on one of the connections.
+            TooFewCallers: it does not allow as many as there are to be.
+        """
 
     @property
-    def held(self) -> int:
-        """Messages that are meant to have been sent, and wait until the server allows them."""
+    def refused(self) -> int:
+        """Messages that the server did not begin with, and that are not sent again yet."""
+
+    def unsent(self, end: float) -> Fault | None:
+        """Why messages that were meant to be sent before the end are not, when it has come."""
+
+    def count_unsent(self, end: float) -> int:
+        """How many these are, about."""
 
 
 class Closed:
@@ -83,6 +117,7 @@ class Closed:
 
     def __init__(self, lanes: Sequence[Lane], callers: int) -> None:
         self.late = Histogram()
+        self.sent_again = 0
         self._lanes = [
             (lane, callers // len(lanes) + (number < callers % len(lanes))) for number, lane in enumerate(lanes)
         ]
@@ -90,10 +125,14 @@ class Closed:
 
     def turn(self, now: float, end: float) -> float:
         for lane, share in self._lanes:
+            if lane.most < share and (now < end or lane.returned):
+                _require_open(lane)
+                raise TooFewCallers(f"the server now allows {lane.most} on a connection that is to have {share}")
             sent = False
             while lane.under_way < share and lane.has_room:
                 if lane.returned:
                     lane.send(*lane.returned.popleft())
+                    self.sent_again += 1
                 elif now < end:
                     lane.send(self._number, now)
                     self._number += 1
@@ -105,53 +144,107 @@ class Closed:
         return end if now < end else math.inf
 
     @property
-    def held(self) -> int:
+    def refused(self) -> int:
         return sum(len(lane.returned) for lane, _ in self._lanes)
+
+    def unsent(self, end: float) -> Fault | None:
+        return None
+
+    def count_unsent(self, end: float) -> int:
+        return 0
 
 
 class Open:
-    """Messages have their times, whatever the answers do; what the server does not allow yet keeps its time."""
+    """Messages have their times, whatever the answers do; what the server does not allow yet keeps its time.
+
+    Times are drawn when a message can be sent: a backlog takes no memory.
+    """
 
     def __init__(self, lanes: Sequence[Lane], times: Iterator[float]) -> None:
         """Times are seconds on the machine's monotonic clock, ascending and without an end."""
         self.late = Histogram()
         self._lanes = lanes
         self._times = times
-        self._next = next(times)
-        self._held: deque[tuple[int, float]] = deque()
+        self._first = self._next = next(times)
+        self._again: deque[tuple[int, float]] = deque()
+        self.sent_again = 0
         self._number = 0
         self._lane = 0
+        self._full_turns = 0  # that ended though more could have been sent: the generator is the limit
+        self._blocked_turns = 0  # or for want of room: the server is
 
     def turn(self, now: float, end: float) -> float:
-        while self._next <= now and self._next < end:
-            self._held.append((self._number, self._next))
-            self._number += 1
-            self._next = next(self._times)
         for lane in self._lanes:
+            if not lane.most and now < end:
+                _require_open(lane)
             if lane.returned:
-                self._held.extendleft(reversed(lane.returned))
+                self._again += lane.returned
                 lane.returned.clear()
-        used = set()
-        while self._held and (lane_ := self._roomy()) is not None:
-            number, meant = self._held.popleft()
+        sent: dict[Lane, list[float]] = {}
+        left = MESSAGES_A_TURN
+        waits = self._waits(now, end)
+        while waits and left and (lane_ := self._roomy()) is not None:
+            left -= 1
+            number, meant = self._take()
             lane_.send(number, meant)
-            self.late.add(int((now - meant) * 1e9))
-            used.add(lane_)
-        for lane in used:
+            sent.setdefault(lane_, []).append(meant)
+            waits = self._waits(now, end)
+        for lane, all_meant in sent.items():
             lane.flush()
-        return min(self._next, end) if now < end else math.inf
+            at = time.monotonic()
+            for meant in all_meant:
+                self.late.add(int((at - meant) * 1e9))
+        if waits and not left:
+            self._full_turns += 1
+            return now
+        self._blocked_turns += waits
+        if waits or now >= end:  # for answers
+            return end if now < end else math.inf
+        return min(self._next, end)
+
+    def _waits(self, now: float, end: float) -> bool:
+        """Whether there is a message that is meant to be sent by now."""
+        return bool(self._again) or (self._next <= now and self._next < end)
+
+    def _take(self) -> tuple[int, float]:
+        """The number of the next message, and when it was meant to be sent."""
+        if self._again:
+            self.sent_again += 1
+            return self._again.popleft()
+        number, meant = self._number, self._next
+        self._number += 1
+        self._next = next(self._times)
+        return number, meant
 
     def _roomy(self) -> Lane | None:
         """The next lane in turn that has room."""
         for _ in self._lanes:
             self._lane = (self._lane + 1) % len(self._lanes)
-            if self._lanes[self._lane].has_room:
-                return self._lanes[self._lane]
+            lane = self._lanes[self._lane]
+            if lane.has_room and lane.under_way < MOST_UNDER_WAY and not lane.is_clogged:
+                return lane
         return None
 
     @property
-    def held(self) -> int:
-        return len(self._held) + sum(len(lane.returned) for lane in self._lanes)
+    def refused(self) -> int:
+        return len(self._again) + sum(len(lane.returned) for lane in self._lanes)
+
+    def unsent(self, end: float) -> Fault | None:
+        if self._next >= end:
+            return None
+        if self._blocked_turns > self._full_turns:
+            return Fault(UNSENT, "the server took no more messages at a time")
+        return Fault(UNSENT, "the generator is the limit: it cannot send so many a second")
+
+    def count_unsent(self, end: float) -> int:
+        each = (self._next - self._first) / self._number if self._number else 0  # seconds
+        return 1 + int((end - self._next) / each) if each else 1
+
+
+def _require_open(lane: Lane) -> None:
+    """Raise ConnectionEnded if it takes no more messages."""
+    if lane.farewell:
+        raise ConnectionEnded(lane.farewell)
 
 
 def evenly(start: float, rate: float) -> Iterator[float]:
@@ -177,30 +270,53 @@ def run(lanes: Sequence[Lane], sender: Sender, start: float, times: Times) -> Ou
     end = begin + times.seconds
     cpu_at_begin = cpu_at_end = None
     with _selector(lanes) as selector:
-        while (now := time.monotonic()) < end + times.patience:
+        last = end + times.patience
+        while (now := time.monotonic()) < last or _waits_for_late_ones(lanes, sender, now, end, times.patience):
             if cpu_at_begin is None and now >= begin:
                 cpu_at_begin, sender.late = time.process_time(), Histogram()
             if cpu_at_end is None and now >= end:
                 cpu_at_end = time.process_time()
-            if now >= end and not sender.held and not any(lane.under_way for lane in lanes):
-                break
             try:
-                due = sender.turn(now, end)
+                is_idle = now >= end and not any(lane.under_way for lane in lanes)
+                if is_idle and not sender.refused and sender.unsent(end) is None:
+                    break
+                due = sender.turn(now, end) if now < last else math.inf
                 for answer in _answers(lanes, selector, min(due - time.monotonic(), POLL_SECONDS)):
-                    _count(outcome, answer, begin, end)
+                    outcome.count(answer, begin, end)
             except ConnectionEnded as error:
                 outcome.note(Fault("connection ended", str(error)))
                 break
-    lost = sender.held + sum(lane.under_way for lane in lanes)
-    if lost:
-        outcome.note(Fault(LOST, f"not answered within {times.patience:g} s of the end"), lost)
-    elif not outcome.faults:
+            except TooFewCallers as error:
+                outcome.note(Fault("too few callers", str(error)))
+                break
+        else:
+            _note_missing(outcome, lanes, sender, end, times.patience)
+    if not outcome.faults:
         for lane in lanes:
-            if (fault := lane.finish(times.patience)) is not None:
+            try:
+                fault = lane.finish(times.patience)
+            except ConnectionEnded as error:
+                fault = Fault("connection ended", str(error))
+            if fault is not None:
                 outcome.note(fault)
-    outcome.cpu_seconds = (cpu_at_end or time.process_time()) - (cpu_at_begin or 0.0)
+    if cpu_at_begin is not None:
+        outcome.cpu_seconds = (cpu_at_end or time.process_time()) - cpu_at_begin
     outcome.late = sender.late
+    outcome.sent_again = sender.sent_again
     return outcome
+
+
+def _waits_for_late_ones(lanes: Sequence[Lane], sender: Sender, now: float, end: float, patience: float) -> bool:
+    """Whether messages were sent to the very end, as there were too many: their answers have some time, too."""
+    return now < end + 2 * patience and sender.unsent(end) is not None and any(lane.under_way for lane in lanes)
+
+
+def _note_missing(outcome: Outcome, lanes: Sequence[Lane], sender: Sender, end: float, patience: float) -> None:
+    """What is not answered, and what was not even sent, when patience is over."""
+    if lost := sender.refused + sum(lane.under_way for lane in lanes):
+        outcome.note(Fault(LOST, f"not answered within {patience:g} s of the end"), lost)
+    if (fault := sender.unsent(end)) is not None:
+        outcome.note(fault, sender.count_unsent(end))
 
 
 def _selector(lanes: Sequence[Lane]) -> selectors.BaseSelector:
@@ -219,13 +335,3 @@ def _answers(lanes: Sequence[Lane], selector: selectors.BaseSelector, wait: floa
     for key, _ in selector.select(max(wait, 0)):
         lane: Lane = key.fileobj  # type: ignore[no-redef]
         yield from lane.exchange()
-
-
-def _count(outcome: Outcome, answer: Answer, begin: float, end: float) -> None:
-    if answer.fault is not None:
-        outcome.note(answer.fault)
-        return
-    outcome.all_answered += 1
-    outcome.answered += begin <= answer.at < end
-    if begin <= answer.meant < end:
-        outcome.latencies.add(int((answer.at - answer.meant) * 1e9))

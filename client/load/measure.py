@@ -12,6 +12,7 @@ from typing import Any
 from client.load.jobs import Job
 from client.load.lanes import Lane, StreamLane, UnaryLane
 from client.load.loop import Closed, Open, Outcome, Times, at_random, evenly, run
+from client.load.report import number
 from client.load.wire import Connection, ConnectionEnded
 
 CONNECTIONS = 4
@@ -57,7 +58,7 @@ class Load:
         """For people, in a few words."""
         images = f"{self.images:,} image{'s' if self.images > 1 else ''}"
         if self.rate is not None:
-            return f"{self.kind}, {images}, {self.rate:,.0f}/s {'evenly' if self.even else 'at random'}"
+            return f"{self.kind}, {images}, {number(self.rate)}/s {'evenly' if self.even else 'at random'}"
         callers = "in flight" if self.kind == "stream" else "caller" if self.callers == 1 else "callers"
         return f"{self.kind}, {images}, {self.callers:,} {callers}"
 
@@ -144,6 +145,7 @@ def _figures(load: Load, outcome: Outcome) -> dict[str, Any]:
         "latency_us": outcome.latencies.summary(),
         "late_us": outcome.late.summary() if load.rate is not None else None,
         "all_messages": outcome.all_answered,
+        "sent_again": outcome.sent_again,
         "generator_core_share": round(outcome.cpu_seconds / load.seconds, 3),
         "faults": dict(outcome.faults),
         "examples": outcome.examples,

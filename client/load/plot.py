@@ -6,11 +6,13 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from client.load.report import has
+
 PERCENTILES = ("p50", "p90", "p99", "p99.9", "p99.99", "max")
 
 
 def check_plot(path: str | os.PathLike[str]) -> None:
-    """Raise ValueError if no picture can be drawn, or not to such a file."""
+    """Raise ValueError if no picture can be drawn, or not to such a file, before what takes long."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -19,6 +21,11 @@ def check_plot(path: str | os.PathLike[str]) -> None:
     suffix = os.path.splitext(os.fspath(path))[1].lstrip(".").lower()
     if suffix not in formats:
         raise ValueError(f"--plot takes a file that ends with .png, .svg or .pdf, not {os.fspath(path)!r}")
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise ValueError(f"--plot: there is no folder {folder!r}")
+    if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise ValueError(f"--plot: {os.fspath(path)!r} cannot be written")
 
 
 def draw(path: str | os.PathLike[str], title: str, runs: Sequence[dict[str, Any]]) -> None:
@@ -33,8 +40,10 @@ def draw(path: str | os.PathLike[str], title: str, runs: Sequence[dict[str, Any]
     latency, throughput = figure.subplots(1, 2)
     figure.suptitle(title)
     for run in runs:
-        values = [run["latency_us"][name] / 1e3 for name in PERCENTILES]
-        latency.plot(PERCENTILES, values, marker="o", label=run["name"])
+        found = run["latency_us"]
+        shown = {place: found[name] / 1e3 for place, name in enumerate(PERCENTILES) if has(found, name)}
+        latency.plot(list(shown), list(shown.values()), marker="o", label=run["name"])
+    latency.set_xticks(range(len(PERCENTILES)), PERCENTILES)
     latency.set(yscale="log", ylabel="latency, ms", xlabel="percentile of messages", title="latency")
     axis = _axis(runs)
     for name, of in _series(runs, axis).items():

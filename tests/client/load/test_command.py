@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +17,9 @@ pytest.importorskip("hpack")
 
 from client import cli
 from client.load import plot
+from client.load.histogram import Histogram
 from client.load.images import IMAGES
+from client.load.measure import Load, LoadFailed
 from client.testing import FakeServer
 from client.testing._answers import nearest_sample
 from tests.client.certificates import Authority
@@ -124,6 +128,144 @@ def test_a_wrong_command_line_is_refused(
         bench("127.0.0.1:1", *arguments)
     assert ended.value.code == 2
     assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--even"], "--even is for --rate"),
+        (["--plot", "/nowhere/at/all/a.png"], "there is no folder '/nowhere/at/all'"),
+        (["--plot", "a.bmpx"], "a file that ends with .png"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_before_the_server_is_asked(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    assert bench("127.0.0.1:1", *arguments) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_picture_that_is_a_folder_is_told_before(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(ValueError, match="cannot be written"):
+        plot.check_plot(tmp_path / "a.png")
+
+
+Measured = Callable[[Load], dict[str, Any]]
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Measured], list[Load]]:
+    """Measure by a function; return the list of what is measured."""
+
+    def script(measured: Measured) -> list[Load]:
+        loads: list[Load] = []
+
+        def found(door: object, load: Load, digits: object) -> dict[str, Any]:
+            loads.append(load)
+            return measured(load)
+
+        monkeypatch.setattr("client.load.measure.measure", found)
+        monkeypatch.setattr("client.load.command.known_digits", lambda client: [])
+        return loads
+
+    return script
+
+
+def figures(load: Load, count: int = 2000, per_second: float = 100.0, **others: Any) -> dict[str, Any]:
+    latencies = Histogram()
+    for number in range(count):
+        latencies.add(1_000_000 + number)
+    callers = load.callers if load.rate is None else None
+    return {
+        "kind": load.kind,
+        "images": load.images,
+        "callers": callers,
+        "rate": load.rate,
+        "messages_per_second": per_second,
+        "images_per_second": per_second,
+        "latency_us": latencies.summary(),
+        "late_us": Histogram().summary() if load.rate is not None else None,
+        "sent_again": 0,
+        "generator_core_share": 0.1,
+        "faults": {},
+        "examples": {},
+    } | others
+
+
+FAULTS: dict[str, Any] = {"faults": {"reset": 2}, "examples": {"reset": "error 2"}}
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ValueError("the server allows 8"), 2), (LoadFailed("the server allows 8"), 1), (OSError("allows 8"), 1)],
+)
+def test_what_was_measured_before_a_run_that_is_refused_is_kept(
+    scripted: Callable[[Measured], list[Load]],
+    error: Exception,
+    code: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("matplotlib")
+
+    def measured(load: Load) -> dict[str, Any]:
+        if load.callers == 64:
+            raise error
+        return figures(load, generator_core_share=0.99)
+
+    scripted(measured)
+    file = tmp_path / "bench.png"
+    assert bench("127.0.0.1:1", "--callers", "1,64,128", "--plot", str(file)) == code
+    out, complaints = capsys.readouterr()
+    assert "1 caller" in out
+    assert "allows 8" in complaints
+    assert "the generator used 99% of a core" in complaints
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_failed_run_before_one_that_cannot_be_measured_decides_the_exit_code(
+    scripted: Callable[[Measured], list[Load]],
+) -> None:
+    def measured(load: Load) -> dict[str, Any]:
+        if load.callers == 64:
+            raise ValueError("no")
+        return figures(load, **FAULTS)
+
+    scripted(measured)
+    assert bench("127.0.0.1:1") == 1
+
+
+def test_no_share_is_taken_of_a_capacity_that_is_not_known(
+    scripted: Callable[[Measured], list[Load]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    loads = scripted(lambda load: figures(load, **FAULTS))
+    assert bench("127.0.0.1:1", "--rate", "70%,90%") == 1
+    assert [(load.callers, load.rate) for load in loads] == [(64, None)]
+    error = capsys.readouterr().err
+    assert "FAILED: 2 x reset: error 2" in error
+    assert "what 64 callers get is not known" in error
+
+
+def test_a_small_rate_and_few_answers_are_printed_as_they_are(
+    scripted: Callable[[Measured], list[Load]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripted(lambda load: figures(load, count=7, per_second=0.5))
+    assert bench("127.0.0.1:1", "--rate", "0.5") == 0
+    line = capsys.readouterr().out.splitlines()[3]
+    assert line.startswith("classify, 1 image, 0.5/s at random ")
+    assert line.split()[-6:] == ["0.5", "0.5", "1.00", "-", "-", "1.00"]
+
+
+def test_a_server_that_breaks_http_2_fails_the_command_and_not_the_program(
+    monkeypatch: pytest.MonkeyPatch, faulty: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("client.load.command.known_digits", lambda client: None)
+    for fault, complaint in [("short goodbye", "no HTTP/2"), ("unreadable headers", "cannot be read")]:
+        assert bench(faulty(fault), "--callers", "2") == 1
+        assert complaint in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("target", ["dns:///localhost:1", "a:1,b:2", "localhost:x"])

@@ -36,14 +36,6 @@ def test_count_mean_and_largest_are_exact(numbers: list[int]) -> None:
     assert histogram.mean == pytest.approx(np.mean(numbers))
 
 
-@given(values, values, percents)
-def test_two_that_are_merged_are_as_one_that_has_counted_all(ours: list[int], its: list[int], percent: float) -> None:
-    merged, one = histogram_of(ours), histogram_of(ours + its)
-    merged.merge(histogram_of(its))
-    assert merged.percentile(percent) == one.percentile(percent)
-    assert merged.summary() == one.summary()
-
-
 def test_small_values_are_kept_as_they_are() -> None:
     histogram = histogram_of(list(range(2048)))
     assert [histogram.percentile((value + 1) / 2048 * 100) for value in range(2048)] == list(range(2048))

@@ -44,11 +44,17 @@ def test_messages_of_the_warm_up_are_checked_and_not_in_the_figures(good: Door) 
     assert 69 <= found["all_messages"] <= 71
 
 
-def test_a_freeze_of_one_second_is_in_the_p99_of_an_open_loop(faulty: Faulty) -> None:
-    """Not only in the largest: whatever was meant to be sent meanwhile has waited. It begins behind the warm-up."""
-    found = measure(
-        Door(faulty("freeze")), Load(rate=200, even=True, connections=1, seconds=2, warm_up=0.05, patience=30), None
-    )
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [*((kind, "freeze") for kind in KINDS), ("classify", "freeze, one at a time"), ("infer", "freeze, one at a time")],
+)
+def test_a_freeze_of_one_second_is_in_the_p99_of_an_open_loop(faulty: Faulty, kind: str, fault: str) -> None:
+    """Not only in the largest: whatever was meant to be sent meanwhile has waited. It begins behind the warm-up.
+
+    Where the server allows one call at a time, messages are sent when it goes on, and their latency counts from before.
+    """
+    load = Load(kind, rate=200, even=True, connections=1, seconds=2, warm_up=0.05, patience=30)
+    found = measure(Door(faulty(fault)), load, None)
     require_right(found)
     latency = found["latency_us"]
     assert latency["max"] >= FREEZE_SECONDS * 1e6
@@ -73,7 +79,19 @@ def test_a_freeze_is_a_single_slow_answer_of_a_closed_loop(faulty: Faulty) -> No
         ("another's", "infer", "wrong answer", "[0, 1] instead of [0]"),
         ("garbage", "classify", "wrong answer", "no message that can be read"),
         ("garbage", "infer", "wrong answer", "no message that can be read"),
-        ("no message", "classify", "wrong answer", "[] instead of [0]"),
+        ("garbage", "stream", "connection ended", "wrong answer: a stream has a message that cannot be read"),
+        ("no message", "classify", "wrong answer", "an answer of 0 bytes has no message"),
+        ("HTTP 503", "classify", "HTTP status '503'", ""),
+        ("compressed", "classify", "wrong answer", "said to be compressed"),
+        ("compressed", "infer", "wrong answer", "said to be compressed"),
+        ("too short", "classify", "wrong answer", "a message of 4096 bytes is announced"),
+        ("two messages", "classify", "wrong answer", "is announced, and"),
+        ("no trailers", "classify", "no status", "without trailers"),
+        ("unreadable headers", "classify", "connection ended", "the server's headers cannot be read"),
+        ("short goodbye", "classify", "connection ended", "no HTTP/2: a frame of kind 7 with 3 bytes"),
+        ("odd settings", "classify", "connection ended", "no HTTP/2: a frame of kind 4 with 3 bytes"),
+        ("early end", "stream", "connection ended", "the stream ended early"),
+        ("closes at the end", "stream", "connection ended", "the server closed the connection"),
         ("lost", "classify", "lost answer", "not answered within 0.5 s of the end"),
         ("lost", "stream", "lost answer", "not answered within 0.5 s of the end"),
         ("skipped", "stream", "connection ended", "wrong answer: frame 19"),
@@ -101,11 +119,33 @@ def test_a_lost_answer_of_a_closed_loop_fails_the_run(faulty: Faulty) -> None:
     assert "lost answer" in found["faults"]
 
 
+@pytest.mark.parametrize("load", [Load(callers=1), Load(callers=4), Load(rate=300)], ids=lambda one: one.name)
+def test_a_server_that_takes_no_more_calls_fails_the_run(faulty: Faulty, load: Load) -> None:
+    """Also if it says so together with an answer, keeps the connection, and three others go on."""
+    found = measure(Door(faulty("goodbye with the answer")), quick("classify", 1, load.callers, load.rate), None)
+    assert found["faults"] == {"connection ended": 1}
+    assert found["examples"] == {"connection ended": "the server said GOAWAY: too old"}
+
+
+def test_a_server_that_allows_fewer_calls_than_at_first_fails_a_closed_loop(faulty: Faulty) -> None:
+    found = measure(Door(faulty("fewer")), quick(callers=8, connections=2), None)
+    assert found["faults"] == {"too few callers": 1}
+    assert "allows 1 on a connection that is to have 4" in found["examples"]["too few callers"]
+
+
+def test_a_rate_that_the_generator_cannot_reach_is_no_fault_of_the_server(good: Door) -> None:
+    found = measure(good, quick(rate=1e8, even=True, patience=0.3), None)
+    assert set(found["faults"]) == {"not sent"}
+    assert "the generator is the limit" in found["examples"]["not sent"]
+    assert found["faults"]["not sent"] + found["all_messages"] == pytest.approx(1e8 * 0.4, rel=0.01)
+
+
 @pytest.mark.parametrize("load", [quick(callers=4, seconds=2), quick(rate=400, seconds=2)], ids=lambda one: one.name)
 def test_what_a_server_did_not_begin_with_is_sent_again(faulty: Faulty, load: Load) -> None:
     found = measure(Door(faulty("not begun")), load, None)
     require_right(found)
     assert found["all_messages"] >= 20
+    assert found["sent_again"] == 1
 
 
 def test_answers_are_compared_with_those_that_are_expected(good: Door) -> None:
@@ -139,6 +179,12 @@ def test_a_port_where_nobody_is_raises() -> None:
 def test_the_ceiling_of_an_open_loop_is_that_of_a_closed_one(good: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("client.load.ceiling.SECONDS", 0.2)
     assert ceiling(good, Load(rate=10))["messages_per_second"] > 10
+
+
+def test_answers_of_the_ceiling_are_checked(faulty: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client.load.ceiling.SECONDS", 0.2)
+    with pytest.raises(LoadFailed, match="wrong answer"):
+        ceiling(Door(faulty("wrong")), Load())
 
 
 def test_times_are_even_or_random_and_of_this_rate() -> None:
