@@ -25,6 +25,7 @@ from bench.daily import (
     start_figures,
 )
 from bench.figures import GOALS, LAST, as_json, load_last, save, table, with_kept
+from bench.noop_server import LOOPS
 from server.settings import TRANSPORTS
 
 ROWS = sorted({goal.row for goal in GOALS.values()})
@@ -36,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="for each measurement (default: 1)")
     parser.add_argument("--row", type=int, choices=ROWS, action="append", help="this row alone; may be repeated")
     parser.add_argument("--transport", choices=TRANSPORTS, action="append", help="this one alone")
+    parser.add_argument(
+        "--noop-loop", choices=LOOPS, default=LOOPS[0], help="of the server that does nothing (default: %(default)s)"
+    )
     parser.add_argument("--markdown", action="store_true", help="print the goals as docs/performance.md has them")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument(
@@ -44,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.seconds <= 0:
         parser.error(f"--rounds is 1 or more and --seconds above 0, not {options.rounds} and {options.seconds}")
-    plan = Plan(options.row or ROWS, options.transport or TRANSPORTS, options.rounds, options.seconds)
+    plan = Plan(
+        options.row or ROWS, options.transport or TRANSPORTS, options.rounds, options.seconds, options.noop_loop
+    )
     began = time.monotonic()
     try:
         loads = measure_loads(plan)
@@ -64,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds),
         "machine": _machine(),
-        "plan": {"rounds": plan.rounds, "seconds": plan.seconds},
+        "plan": {"rounds": plan.rounds, "seconds": plan.seconds, "noop loop": plan.noop_loop},
         "figures": as_json(figures),
         "loads": loads_json(loads),
     }
