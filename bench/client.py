@@ -33,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 import client
+from bench.options import duration, positive, writable
 from bench.processes import server
 from bench.rounds import in_turn
 from server.golden import golden_digits
@@ -242,17 +243,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m bench.client", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", nargs="?", choices=("coalescing", "batch"), help="measure this alone")
-    parser.add_argument("--rounds", type=int, default=5, help="how often everything is measured (default: 5)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each way of calling (default: 1)")
-    parser.add_argument("--workers", type=int, default=1, help="processes of the server (default: 1)")
+    parser.add_argument("--rounds", type=positive, default=5, help="how often everything is measured (default: 5)")
+    parser.add_argument("--seconds", type=duration, default=1.0, help="for each way of calling (default: 1)")
+    parser.add_argument("--workers", type=positive, default=1, help="processes of the server (default: 1)")
     parser.add_argument("--transport", choices=TRANSPORTS, default=TRANSPORTS[0], help="of the server")
-    parser.add_argument("--callers", type=int, action="append", help="for coalescing (default: 1 and 64)")
-    parser.add_argument("--connections", type=int, default=1, help="of the client, for batch (default: 1)")
+    parser.add_argument("--callers", type=positive, action="append", help="for coalescing (default: 1 and 64)")
+    parser.add_argument("--connections", type=positive, default=1, help="of the client, for batch (default: 1)")
     parser.add_argument("--data-dir", type=Path, help="folder with MNIST/raw, for batch; else the golden digits")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--json", type=writable, help="also write the figures here")
     options = parser.parse_args(arguments)
-    if options.rounds < 1 or options.seconds <= 0:
-        parser.error(f"--rounds is 1 or more and --seconds above 0, not {options.rounds} and {options.seconds}")
     ours = ["--port", "0", "--workers", str(options.workers), "--weights", EMBEDDED_WEIGHTS, "--log-level", "warning"]
     ours += ["--transport", options.transport]
     figures: dict[str, Samples] = {}
@@ -271,7 +270,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench.client: {error}", file=sys.stderr)
         return 1
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
     return 0
 
