@@ -35,7 +35,7 @@ import numpy.typing as npt
 import client
 from bench.options import duration, positive, writable
 from bench.processes import server
-from bench.rounds import in_turn
+from bench.rounds import in_turn, ratios, spread
 from server.golden import golden_digits
 from server.settings import EMBEDDED_WEIGHTS, TRANSPORTS
 
@@ -142,15 +142,16 @@ def measure_coalescing(target: str, rounds: int, seconds: float, counts: Sequenc
 
 
 def print_coalescing(samples: Samples) -> None:
-    print(f"\n{'':14}{'an RPC a call':>24}{'together':>24}{'calls/s':>22}{'p50':>22}")
-    print(f"{'':14}{'calls/s':>14}{'p50 us':>10}{'calls/s':>14}{'p50 us':>10}{'ratio':>22}{'ratio':>22}")
+    print(f"\n{'':14}{'an RPC a call':>24}{'together':>24}{'calls/s':>24}{'p50':>24}")
+    print(f"{'':14}{'calls/s':>14}{'p50 us':>10}{'calls/s':>14}{'p50 us':>10}{'ratio':>24}{'ratio':>24}")
     for name, of in samples.items():
         columns = "".join(
             f"{statistics.median(of[way]):>14,.0f}{statistics.median(of[f'{way} p50_us']):>10,.0f}"
             for way in ("alone", "together")
         )
-        rates = spread(of["together"], of["alone"])
-        print(f"{name:14}{columns}{rates:>22}{spread(of['together p50_us'], of['alone p50_us']):>22}")
+        rates = spread(ratios(of["together"], of["alone"]))
+        medians = spread(ratios(of["together p50_us"], of["alone p50_us"]))
+        print(f"{name:14}{columns}{rates:>24}{medians:>24}")
 
 
 # Batch ----------------------------------------------------------------------
@@ -226,16 +227,10 @@ def _measure_batch(
 
 
 def print_batch(samples: Samples) -> None:
-    print(f"\n{'':20}{'images/s':>12}{'bare forward':>14}{'ratio':>22}")
+    print(f"\n{'':20}{'images/s':>12}{'bare forward':>14}{'ratio':>24}")
     for name, of in samples.items():
         rates = "".join(f"{statistics.median(of[key]):>{width},.0f}" for key, width in (("rate", 12), ("forward", 14)))
-        print(f"{name:20}{rates}{spread(of['rate'], of['forward']):>22}")
-
-
-def spread(values: list[float], bases: list[float]) -> str:
-    """The median of the rounds' ratios, and the smallest and the largest."""
-    ratios = [value / base for value, base in zip(values, bases, strict=True)]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+        print(f"{name:20}{rates}{spread(ratios(of['rate'], of['forward'])):>24}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

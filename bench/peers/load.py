@@ -22,6 +22,7 @@ import numpy as np
 from bench.peers.dialects import DIALECTS
 from bench.peers.links import Answer, Link
 from bench.processes import started
+from bench.rounds import percentiles_us
 from client.load.images import images, rows_of
 from client.load.wire import ConnectionEnded
 
@@ -91,8 +92,7 @@ class Loop:
                 elapsed = run.keep_up(in_flight, seconds)
         except (OSError, ConnectionEnded) as error:
             raise LoadError(f"{type(error).__name__}: {error}") from error
-        p50, p99 = np.percentile(run.latencies, [50, 99]) * 1e6
-        return Sample(len(run.latencies) * images_per_request / elapsed, float(p50), float(p99))
+        return Sample(len(run.latencies) * images_per_request / elapsed, *percentiles_us(run.latencies))
 
 
 class _Run:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bench.peers.load import Sample
 from bench.peers.measure import SCENARIOS, Result, Scenario
+from bench.rounds import spread
 
 Row = list[str]
 
@@ -32,7 +33,7 @@ def _rates(scenario: Scenario, ours: Sequence[Result], peers: Sequence[Result]) 
             continue
         row = [peer.name, f"{_median(rounds, peer.name, _rate):,.0f}", f"{_median(rounds, peer.name, _p50):,.0f}"]
         for name in names:
-            row += [f"{_median(rounds, name, _rate):,.0f}", _spread([_ratio(one, name, peer.name) for one in rounds])]
+            row += [f"{_median(rounds, name, _rate):,.0f}", spread([_ratio(one, name, peer.name) for one in rounds])]
         rows.append(row)
     head = [f"{scenario.name}, {unit}", "peer", "its p50, us"]
     for name in names:
@@ -62,10 +63,6 @@ def _median(rounds: list[dict[str, Sample]], name: str, figure: Callable[[Sample
 
 def _ratio(samples: dict[str, Sample], name: str, peer: str) -> float:
     return samples[name].rate / samples[peer].rate
-
-
-def _spread(ratios: list[float]) -> str:
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
 
 def _text(head: Row, rows: list[Row]) -> str:

@@ -123,7 +123,7 @@ def test_ratios_are_of_the_same_rounds() -> None:
     for rates in ((100.0, 200.0), (300.0, 200.0), (50.0, 50.0)):
         samples = {name: Sample(rate, 1.0, 2.0) for name, rate in zip(("asgi x1", "Peer"), rates, strict=True)}
         peer.rounds.setdefault("64 callers", []).append(samples)
-    assert "1.00 (0.50-1.50)" in tables([mine], [peer])
+    assert "1.00 (0.50 to 1.50)" in tables([mine], [peer])
 
 
 def test_a_picture_is_drawn(tmp_path: Path) -> None:
