@@ -19,8 +19,11 @@ from bench.peers.running import running
 SECONDS = 0.1
 LIAR = """
 import sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+ThreadingHTTPServer.request_queue_size = 128
 class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and body in one packet
     def do_POST(self):
         count = int(self.headers["content-length"]) // 784
         self.rfile.read(count * 784)
@@ -30,7 +33,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(bytes(count * 40))
     def log_message(self, *arguments):
         pass
-HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 
 
@@ -55,6 +58,19 @@ def test_a_peer_that_lies_is_not_measured(load: LoadGenerator, digits: list[int]
     assert result.failed.startswith("wrong answer: ")
     assert not result.rounds
     assert "wrong answer: " in tables([], [result])
+
+
+def test_a_peer_that_speaks_no_http_costs_none_but_itself() -> None:
+    """It answers well at first, and then single images with a length that is none."""
+    broken = LIAR.replace("str(count * 40)", "'x' if count == 1 else str(count * 40)")
+    zeros = [0] * 256  # what both read
+    with process(zeros) as load:
+        _, [first, second] = measure([system(broken), system(LIAR)], {}, load, zeros, 1, SECONDS)
+    assert sorted(first.errors) == ["1 caller", "64 callers"]
+    assert "does not say how long it is: content-length b'x'" in first.errors["1 caller"]
+    assert sorted(first.rounds) == ["256 images, 4 in flight", "64 images, 4 in flight"]
+    assert len(second.rounds) == len(SCENARIOS)
+    assert "Made up, 1 caller: ConnectionEnded: an answer does not say how long" in tables([], [first, second])
 
 
 @pytest.mark.parametrize(
