@@ -35,7 +35,7 @@ import numpy.typing as npt
 import client
 from bench.options import duration, positive, writable
 from bench.processes import server
-from bench.rounds import in_turn, ratios, spread
+from bench.rounds import in_turn, percentiles_us, ratios, spread
 from server.golden import golden_digits
 from server.settings import EMBEDDED_WEIGHTS, TRANSPORTS
 
@@ -66,12 +66,13 @@ class Callers:
         self._latencies: list[float] = []
 
     def measure(self, kind: str, callers: int, seconds: float, coalesce: bool) -> dict[str, float]:
-        """Calls a second, and the median of their latencies in microseconds."""
+        """Calls a second, and two percentiles of their latencies in microseconds."""
         if kind == "tasks":
             rate = asyncio.run(self._tasks(callers, seconds, coalesce))
         else:
             rate = self._threads(callers, seconds, coalesce)
-        return {"rate": rate, "p50_us": statistics.median(self._latencies) * 1e6}
+        p50, p99 = percentiles_us(self._latencies)
+        return {"rate": rate, "p50_us": p50, "p99_us": p99}
 
     async def _tasks(self, callers: int, seconds: float, coalesce: bool) -> float:
         async with client.AsyncClient(self._target, coalesce=coalesce) as shared:

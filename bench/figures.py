@@ -47,6 +47,12 @@ GOALS = {
     "memory": Goal(8, "resident memory ÷ that of `import torch, grpc`", 1.25, at_most=True),
 }
 
+PEER_GOALS = {
+    "64 callers": Goal(6, "64 tasks of one `AsyncClient`: calls/s ÷ those of the best peer's 64 callers", 3.0),
+    "256 images, 4 in flight": Goal(4, "256 images a call: images/s ÷ the best peer's", 2.0),
+}
+"""The halves that `python -m bench.peers` measures, by its scenarios."""
+
 
 @dataclass
 class Figure:

@@ -14,7 +14,7 @@ from bench.forward import Forward
 from bench.options import duration, positive, writable
 from bench.peers.adapters import OURS, PEERS
 from bench.peers.load import LoadError, process
-from bench.peers.measure import measure
+from bench.peers.measure import Loads, measure
 from bench.peers.peer import CannotStart
 from bench.peers.report import draw, tables
 
@@ -32,11 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end what was started
     digits = Forward().digits()
     try:
-        with process(digits) as load:
+        with process(digits) as direct, process(digits, "bench.peers.sdk") as sdk:
             ours, peers = measure(
                 [PEERS[name] for name in options.only],
                 {name: OURS[name] for name in options.ours},
-                load,
+                Loads(direct, sdk),
                 digits,
                 options.rounds,
                 options.seconds,

@@ -13,7 +13,7 @@ import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -199,8 +199,9 @@ def ask(target: Target, timeout: float) -> list[int]:
 class Remote:
     """A load generator in another process, which is started when it is wanted, and anew when it has ended."""
 
-    def __init__(self, digits: list[int]) -> None:
+    def __init__(self, digits: list[int], module: str) -> None:
         self._digits = digits
+        self._module = module
         self._stack = ExitStack()
         self._process: subprocess.Popen[str] | None = None
 
@@ -224,7 +225,7 @@ class Remote:
 
     def _answer(self, order: str) -> str:
         if self._process is None:
-            self._process = self._stack.enter_context(started("bench.peers.load"))
+            self._process = self._stack.enter_context(started(self._module))
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -236,17 +237,18 @@ class Remote:
 
 
 @contextmanager
-def process(digits: list[int]) -> Iterator[Remote]:
-    """Run a load generator in a process of its own."""
-    with closing(Remote(digits)) as remote:
+def process(digits: list[int], module: str = "bench.peers.load") -> Iterator[Remote]:
+    """Run a load generator in a process of its own: a module that calls `obey`."""
+    with closing(Remote(digits, module)) as remote:
         yield remote
 
 
-def main() -> None:
+def obey(generator: Callable[[list[int]], LoadGenerator]) -> None:
+    """Carry out the orders that come in."""
     for line in sys.stdin:
         order = json.loads(line)
         try:
-            sample = Loop(order["digits"]).closed_loop(Target(**order["target"]), *order["load"])
+            sample = generator(order["digits"]).closed_loop(Target(**order["target"]), *order["load"])
             answer: dict[str, Any] = asdict(sample)
         except LoadError as error:
             answer = {"error": str(error), "wrong": isinstance(error, WrongAnswer)}
@@ -254,4 +256,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    obey(Loop)
