@@ -17,6 +17,7 @@ from bench.peers.load import LoadError, process
 from bench.peers.measure import Loads, measure
 from bench.peers.peer import CannotStart
 from bench.peers.report import draw, tables
+from server.golden import golden_digits
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end what was started
     digits = Forward().digits()
     try:
-        with process(digits) as direct, process(digits, "bench.peers.sdk") as sdk:
+        with process(digits) as direct, process(golden_digits()[1].tolist(), "bench.peers.sdk") as sdk:
             ours, peers = measure(
                 [PEERS[name] for name in options.only],
                 {name: OURS[name] for name in options.ours},

@@ -1,6 +1,9 @@
 """The SDK as a load generator: the callers are tasks of one `AsyncClient`, whose calls go together.
 
-`python -m bench.peers.sdk` takes orders as `python -m bench.peers.load` does.
+They send the golden digits, as in row 6 of docs/performance.md: the SDK searches
+images with noise to their edges for the digit, as pictures, and this is no
+measure of that. `python -m bench.peers.sdk` takes orders as
+`python -m bench.peers.load` does.
 """
 
 from __future__ import annotations
@@ -9,20 +12,20 @@ import client
 from bench.client import Callers
 from bench.client import WrongAnswer as NotTheNetworks
 from bench.peers.load import LoadError, Sample, Target, WrongAnswer, obey
-from client.load.images import images
+from server.golden import golden_digits
 
 
 class Tasks:
     """Of a server of ours, single images."""
 
     def __init__(self, digits: list[int]) -> None:
-        """Expect these digits of `client.load.images.images()`."""
+        """Expect these digits of the golden ones."""
         self._digits = digits
 
     def closed_loop(self, target: Target, images_per_request: int, in_flight: int, seconds: float) -> Sample:
         if images_per_request != 1:
             raise ValueError("a call of the SDK has one image")
-        callers = Callers(target.address, [*images().reshape(-1, 28, 28)], self._digits)
+        callers = Callers(target.address, [*golden_digits()[0].reshape(-1, 28, 28)], self._digits)
         try:
             return Sample(**callers.measure("tasks", in_flight, seconds, coalesce=True))
         except NotTheNetworks as error:

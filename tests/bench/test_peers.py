@@ -20,6 +20,7 @@ from bench.peers.measure import SCENARIOS, Loads, Result, measure
 from bench.peers.peer import CannotStart, Command, Peer, Place
 from bench.peers.report import draw, tables
 from bench.peers.running import running
+from server.golden import golden_digits
 
 SECONDS = 0.1
 LIAR = """
@@ -212,12 +213,13 @@ def test_what_is_paused_stands_still(digits: list[int]) -> None:
 
 
 def test_the_sdk_is_a_load_whose_answers_are_checked(digits: list[int]) -> None:
+    golden = golden_digits()[1].tolist()
     with running(OURS["asgi x1"], digits) as one:
-        with process(digits, "bench.peers.sdk") as load:
+        with process(golden, "bench.peers.sdk") as load:
             sample = load.closed_loop(one.target, 1, 64, SECONDS)
             assert sample.rate > 0
             assert 0 < sample.p50_us <= sample.p99_us
-        wrong = [digits[0], (digits[1] + 1) % 10, *digits[2:]]
+        wrong = [golden[0], (golden[1] + 1) % 10, *golden[2:]]
         with process(wrong, "bench.peers.sdk") as load, pytest.raises(WrongAnswer, match="image 1: "):
             load.closed_loop(one.target, 1, 64, SECONDS)
 
