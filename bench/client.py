@@ -33,8 +33,9 @@ import numpy as np
 import numpy.typing as npt
 
 import client
+from bench.options import duration, positive, writable
 from bench.processes import server
-from bench.rounds import in_turn
+from bench.rounds import in_turn, percentiles_us, ratios, spread
 from server.golden import golden_digits
 from server.settings import EMBEDDED_WEIGHTS, TRANSPORTS
 
@@ -65,12 +66,13 @@ class Callers:
         self._latencies: list[float] = []
 
     def measure(self, kind: str, callers: int, seconds: float, coalesce: bool) -> dict[str, float]:
-        """Calls a second, and the median of their latencies in microseconds."""
+        """Calls a second, and two percentiles of their latencies in microseconds."""
         if kind == "tasks":
             rate = asyncio.run(self._tasks(callers, seconds, coalesce))
         else:
             rate = self._threads(callers, seconds, coalesce)
-        return {"rate": rate, "p50_us": statistics.median(self._latencies) * 1e6}
+        p50, p99 = percentiles_us(self._latencies)
+        return {"rate": rate, "p50_us": p50, "p99_us": p99}
 
     async def _tasks(self, callers: int, seconds: float, coalesce: bool) -> float:
         async with client.AsyncClient(self._target, coalesce=coalesce) as shared:
@@ -141,15 +143,16 @@ def measure_coalescing(target: str, rounds: int, seconds: float, counts: Sequenc
 
 
 def print_coalescing(samples: Samples) -> None:
-    print(f"\n{'':14}{'an RPC a call':>24}{'together':>24}{'calls/s':>22}{'p50':>22}")
-    print(f"{'':14}{'calls/s':>14}{'p50 us':>10}{'calls/s':>14}{'p50 us':>10}{'ratio':>22}{'ratio':>22}")
+    print(f"\n{'':14}{'an RPC a call':>24}{'together':>24}{'calls/s':>24}{'p50':>24}")
+    print(f"{'':14}{'calls/s':>14}{'p50 us':>10}{'calls/s':>14}{'p50 us':>10}{'ratio':>24}{'ratio':>24}")
     for name, of in samples.items():
         columns = "".join(
             f"{statistics.median(of[way]):>14,.0f}{statistics.median(of[f'{way} p50_us']):>10,.0f}"
             for way in ("alone", "together")
         )
-        rates = spread(of["together"], of["alone"])
-        print(f"{name:14}{columns}{rates:>22}{spread(of['together p50_us'], of['alone p50_us']):>22}")
+        rates = spread(ratios(of["together"], of["alone"]))
+        medians = spread(ratios(of["together p50_us"], of["alone p50_us"]))
+        print(f"{name:14}{columns}{rates:>24}{medians:>24}")
 
 
 # Batch ----------------------------------------------------------------------
@@ -225,16 +228,10 @@ def _measure_batch(
 
 
 def print_batch(samples: Samples) -> None:
-    print(f"\n{'':20}{'images/s':>12}{'bare forward':>14}{'ratio':>22}")
+    print(f"\n{'':20}{'images/s':>12}{'bare forward':>14}{'ratio':>24}")
     for name, of in samples.items():
         rates = "".join(f"{statistics.median(of[key]):>{width},.0f}" for key, width in (("rate", 12), ("forward", 14)))
-        print(f"{name:20}{rates}{spread(of['rate'], of['forward']):>22}")
-
-
-def spread(values: list[float], bases: list[float]) -> str:
-    """The median of the rounds' ratios, and the smallest and the largest."""
-    ratios = [value / base for value, base in zip(values, bases, strict=True)]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+        print(f"{name:20}{rates}{spread(ratios(of['rate'], of['forward'])):>24}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -242,17 +239,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m bench.client", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", nargs="?", choices=("coalescing", "batch"), help="measure this alone")
-    parser.add_argument("--rounds", type=int, default=5, help="how often everything is measured (default: 5)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each way of calling (default: 1)")
-    parser.add_argument("--workers", type=int, default=1, help="processes of the server (default: 1)")
+    parser.add_argument("--rounds", type=positive, default=5, help="how often everything is measured (default: 5)")
+    parser.add_argument("--seconds", type=duration, default=1.0, help="for each way of calling (default: 1)")
+    parser.add_argument("--workers", type=positive, default=1, help="processes of the server (default: 1)")
     parser.add_argument("--transport", choices=TRANSPORTS, default=TRANSPORTS[0], help="of the server")
-    parser.add_argument("--callers", type=int, action="append", help="for coalescing (default: 1 and 64)")
-    parser.add_argument("--connections", type=int, default=1, help="of the client, for batch (default: 1)")
+    parser.add_argument("--callers", type=positive, action="append", help="for coalescing (default: 1 and 64)")
+    parser.add_argument("--connections", type=positive, default=1, help="of the client, for batch (default: 1)")
     parser.add_argument("--data-dir", type=Path, help="folder with MNIST/raw, for batch; else the golden digits")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--json", type=writable, help="also write the figures here")
     options = parser.parse_args(arguments)
-    if options.rounds < 1 or options.seconds <= 0:
-        parser.error(f"--rounds is 1 or more and --seconds above 0, not {options.rounds} and {options.seconds}")
     ours = ["--port", "0", "--workers", str(options.workers), "--weights", EMBEDDED_WEIGHTS, "--log-level", "warning"]
     ours += ["--transport", options.transport]
     figures: dict[str, Samples] = {}
@@ -271,7 +266,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench.client: {error}", file=sys.stderr)
         return 1
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
     return 0
 

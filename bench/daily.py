@@ -30,7 +30,8 @@ NOOP, RESPONDER, FORWARD = "no-op", "generator's ceiling", "bare forward"
 FORWARD_SECONDS = 0.4
 FORWARD_BATCH = 256
 WITH_NOOP = ("unary @1", "unary @64", "stream 1x64")
-OF_LOADS = {1: ["unary @1"], 2: ["unary @64"], 4: ["256 images @4"], 5: ["stream 1x64", "stream 64x8"]}
+WITH_FORWARD = "256 images @4"
+OF_LOADS = {1: ["unary @1"], 2: ["unary @64"], 4: [WITH_FORWARD], 5: ["stream 1x64", "stream 64x8"]}
 """Which loads a row of the goals needs."""
 
 
@@ -49,6 +50,8 @@ class Plan:
     rounds: int
     seconds: float
     """Of each measurement."""
+    noop_loop: str = "asyncio"
+    """The event loop of the server that does nothing."""
 
 
 @dataclass
@@ -70,19 +73,20 @@ def measure_loads(plan: Plan) -> Loads:
     digits = forward.digits()
     with ExitStack() as stack:
         servers: dict[str, Server] = {RESPONDER: stack.enter_context(server("client.load.responder"))}
-        servers[NOOP] = stack.enter_context(server("bench.noop_server"))
+        servers[NOOP] = stack.enter_context(server("bench.noop_server", ["--noop-loop", plan.noop_loop]))
         for transport in plan.transports:
             servers[transport] = stack.enter_context(server("server", flags(transport)))
         load: Generator = stack.enter_context(generator())
         for number in range(plan.rounds):
             for name in scenarios:
-                turns = [*([NOOP] if name in WITH_NOOP else []), *plan.transports]
-                for who in (*in_turn(turns, number), RESPONDER):
+                anchors = [NOOP] if name in WITH_NOOP else [FORWARD] if name == WITH_FORWARD else []
+                for who in (*in_turn([*anchors, *plan.transports], number), RESPONDER):
+                    if who == FORWARD:
+                        loads.forward.append(forward.rate(FORWARD_BATCH, FORWARD_SECONDS))
+                        continue
                     expected = digits if who in plan.transports else None
                     one = sample(load, servers[who], SCENARIOS[name], plan.seconds, expected)
                     loads.samples[name].setdefault(who, []).append(one)
-            if 4 in plan.rows:
-                loads.forward.append(forward.rate(FORWARD_BATCH, FORWARD_SECONDS))
     return loads
 
 
@@ -92,7 +96,7 @@ def load_figures(plan: Plan, loads: Loads) -> list[Figure]:
     for name, scenario, key in (
         ("lone p50", "unary @1", "p50_us"),
         ("many", "unary @64", "rate"),
-        ("bulk", "256 images @4", "rate"),
+        ("bulk", WITH_FORWARD, "rate"),
         ("stream", "stream 1x64", "rate"),
         ("packed", "stream 64x8", "rate"),
     ):

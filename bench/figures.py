@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -45,6 +46,12 @@ GOALS = {
     "start": Goal(8, "start to `serving on` ÷ `import torch, grpc`", 1.3, at_most=True),
     "memory": Goal(8, "resident memory ÷ that of `import torch, grpc`", 1.25, at_most=True),
 }
+
+PEER_GOALS = {
+    "64 callers": Goal(6, "64 tasks of one `AsyncClient`: calls/s ÷ those of the best peer's 64 callers", 3.0),
+    "256 images, 4 in flight": Goal(4, "256 images a call: images/s ÷ the best peer's", 2.0),
+}
+"""The halves that `python -m bench.peers` measures, by its scenarios."""
 
 
 @dataclass
@@ -94,14 +101,18 @@ COLUMNS = ("#", "measure", "transport", "median (span)", "of", "last run", "goal
 
 
 def table(figures: Sequence[Figure], last: dict[tuple[str, str], float], *, markdown: bool = False) -> str:
-    """What people read, or what goes into docs/performance.md, which has no use for the last run."""
+    """What people read, or what goes into docs/performance.md, which has no use for the last run.
+
+    Without figures of a last run its column is left out.
+    """
     rows = [list(COLUMNS), *(figure.cells(last.get((figure.name, figure.transport))) for figure in figures)]
-    if markdown:
+    if markdown or not last:
         before = COLUMNS.index("last run")
         rows = [row[:before] + row[before + 1 :] for row in rows]
+    if markdown:
         rows.insert(1, ["---"] * len(rows[0]))
         return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
@@ -117,13 +128,37 @@ def as_json(figures: Sequence[Figure]) -> list[dict[str, Any]]:
     ]
 
 
-def load_last(path: Path) -> dict[tuple[str, str], float]:
-    """Medians of the last run, by name and transport; empty where there was none, or one of another form."""
+@dataclass(frozen=True)
+class Last:
+    """What the last run found, where it can be compared with this one."""
+
+    figures: list[dict[str, Any]] = field(default_factory=list)
+    """As `as_json` gave them."""
+    unlike: str = ""
+    """Why it cannot be compared."""
+
+    @property
+    def medians(self) -> dict[tuple[str, str], float]:
+        """By name and transport."""
+        return {(row["name"], row["transport"]): float(row["median"]) for row in self.figures}
+
+
+def load_last(path: Path, setting: Mapping[str, Mapping[str, Any]]) -> Last:
+    """The last run, if there was one of the same setting: the machine and the plan, as they are saved."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["figures"]
-        return {(row["name"], row["transport"]): float(row["median"]) for row in rows}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        run = json.loads(path.read_text(encoding="utf-8"))
+        for part, now in setting.items():
+            for name in sorted({*now, *run[part]}):
+                if (before := run[part].get(name)) != now.get(name):
+                    return Last(unlike=f"it was measured with {name} {before}, this one with {now.get(name)}")
+        last = Last(list(run["figures"]))
+        if not all(map(math.isfinite, last.medians.values())):
+            raise ValueError
+    except FileNotFoundError:
+        return Last()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return Last(unlike=f"{path} is of another form")
+    return last
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -132,11 +167,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def with_kept(figures: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+def with_kept(figures: list[dict[str, Any]], last: Last) -> list[dict[str, Any]]:
     """These, and those of the last run that were not measured this time."""
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))["figures"]
-    except (OSError, ValueError, KeyError):
-        return figures
     measured = {(figure["name"], figure["transport"]) for figure in figures}
-    return figures + [figure for figure in kept if (figure["name"], figure["transport"]) not in measured]
+    return figures + [figure for figure in last.figures if (figure["name"], figure["transport"]) not in measured]

@@ -1,14 +1,17 @@
 """The anchor: a grpc.aio server with our options and messages that computes nothing.
 
 `python -m bench.noop_server` serves on a free port until it is terminated. What
-it costs is what gRPC itself costs; the answers are made before it starts.
+it costs is what gRPC itself costs; the answers are made before it starts. It
+runs on asyncio's own event loop, where ours runs on uvloop: that is one of our
+means, and `--noop-loop uvloop` tells how much of a figure is due to it.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeAlias
 
 import grpc
@@ -24,6 +27,8 @@ from server.app import server_options
 from server.batching import Answer
 from server.inference import Scores
 from server.settings import Settings
+
+LOOPS = ("asyncio", "uvloop")
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -74,5 +79,25 @@ async def serve() -> None:
     await server.stop(0)
 
 
+def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
+    """What makes an event loop of this kind.
+
+    Raises:
+        ModuleNotFoundError: without uvloop.
+    """
+    if name == "asyncio":
+        return asyncio.new_event_loop
+    import uvloop
+
+    return uvloop.new_event_loop
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.noop_server")
+    parser.add_argument("--noop-loop", choices=LOOPS, default=LOOPS[0], help="event loop (default: %(default)s)")
+    with asyncio.Runner(loop_factory=loop_factory(parser.parse_args(arguments).noop_loop)) as runner:
+        runner.run(serve())
+
+
 if __name__ == "__main__":
-    asyncio.run(serve())
+    main()

@@ -30,7 +30,7 @@ class Server:
 
 
 class Generator:
-    """The load generator; see `bench.load`."""
+    """The load generator; see `bench.generator`."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -73,5 +73,5 @@ def server(module: str, arguments: Sequence[str] = ()) -> Iterator[Server]:
 @contextmanager
 def generator() -> Iterator[Generator]:
     """Run the load generator."""
-    with started("bench.load") as process:
+    with started("bench.generator") as process:
         yield Generator(process)

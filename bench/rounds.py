@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypedDict, TypeVar
 
 from bench.processes import Generator, Server
 from bench.scenarios import Scenario
+from client.load.histogram import Histogram
 
 T = TypeVar("T")
 
@@ -49,9 +50,22 @@ def sample(
     }
 
 
+def percentiles_us(latencies: Iterable[float]) -> tuple[float, float]:
+    """The median and the 99th percentile of seconds, in microseconds."""
+    times = Histogram()
+    for latency in latencies:
+        times.add(round(latency * 1e9))
+    return times.percentile(50) / 1e3, times.percentile(99) / 1e3
+
+
 def in_turn(turns: Sequence[T], number: int) -> Sequence[T]:
     """Who is measured first changes from round to round, so that what else the machine does falls on all."""
     return turns if number % 2 == 0 else turns[::-1]
+
+
+def ratios(values: Sequence[float], bases: Sequence[float]) -> list[float]:
+    """Of each round."""
+    return [value / base for value, base in zip(values, bases, strict=True)]
 
 
 def spread(ratios: Sequence[float]) -> str:

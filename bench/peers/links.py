@@ -14,6 +14,8 @@ from client.load.lanes import status_fault
 from client.load.wire import Call, Connection, ConnectionEnded
 
 RECEIVE_BYTES = 1 << 18
+CONNECT_SECONDS = 10.0
+LENGTH_DIGITS = 12
 
 
 @dataclass(slots=True)
@@ -54,7 +56,7 @@ class HttpLink:
 
     def __init__(self, target: str, path: str) -> None:
         host, _, port = target.rpartition(":")
-        self._socket = socket.create_connection((host.strip("[]"), int(port)))
+        self._socket = socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.setblocking(False)
         fields = (f"POST {path} HTTP/1.1", f"host: {target}", "content-type: application/octet-stream")
@@ -100,17 +102,22 @@ class HttpLink:
         end = self._received.find(b"\r\n\r\n")
         if end < 0:
             return []
+        if not self.open:
+            raise ConnectionEnded("an answer to no request")
         status, *lines = bytes(self._received[:end]).split(b"\r\n")
+        _, _, code = status.partition(b" ")
+        if not code[:3].isdigit():
+            raise ConnectionEnded(f"an answer begins with {status[:40]!r}")
         fields = {name.lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines)}
-        if b"content-length" not in fields:
-            raise ConnectionEnded("an answer does not say how long it is")
-        body, stop = end + 4, end + 4 + int(fields[b"content-length"])
+        length = fields.get(b"content-length", b"")
+        if not length.isdigit() or len(length) > LENGTH_DIGITS:
+            raise ConnectionEnded(f"an answer does not say how long it is: content-length {length[:40]!r}")
+        body, stop = end + 4, end + 4 + int(length)
         if len(self._received) < stop:
             return []
         content = bytes(self._received[body:stop])
         del self._received[:stop]
-        code = status.split(b" ", 2)[1]
-        error = "" if code == b"200" else f"HTTP {code.decode()}: {content[:200].decode(errors='replace')}"
+        error = "" if code[:3] == b"200" else f"HTTP {code[:3].decode()}: {content[:200].decode(errors='replace')}"
         return [Answer(self.open.pop(), content, error)]
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import selectors
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -22,8 +23,8 @@ import numpy as np
 from bench.peers.dialects import DIALECTS
 from bench.peers.links import Answer, Link
 from bench.processes import started
+from bench.rounds import percentiles_us
 from client.load.images import images, rows_of
-from client.load.wire import ConnectionEnded
 
 WARM_UP_SECONDS = 0.3
 SILENCE_SECONDS = 30.0
@@ -83,16 +84,24 @@ class Loop:
     def closed_loop(self, target: Target, images_per_request: int, in_flight: int, seconds: float) -> Sample:
         dialect = DIALECTS[target.dialect]
         connections = min(in_flight, CONNECTIONS) if dialect.is_multiplexed else in_flight
-        try:
-            with ExitStack() as stack:
-                links = [stack.enter_context(closing(dialect.connect(target.address))) for _ in range(connections)]
-                run = _Run(links, target, self._digits, images_per_request)
-                run.keep_up(in_flight, WARM_UP_SECONDS)
-                elapsed = run.keep_up(in_flight, seconds)
-        except (OSError, ConnectionEnded) as error:
-            raise LoadError(f"{type(error).__name__}: {error}") from error
-        p50, p99 = np.percentile(run.latencies, [50, 99]) * 1e6
-        return Sample(len(run.latencies) * images_per_request / elapsed, float(p50), float(p99))
+        with ExitStack() as stack:
+            stack.enter_context(_faults_are_the_peers())
+            links = [stack.enter_context(closing(dialect.connect(target.address))) for _ in range(connections)]
+            run = _Run(links, target, self._digits, images_per_request)
+            run.keep_up(in_flight, WARM_UP_SECONDS)
+            elapsed = run.keep_up(in_flight, seconds)
+        return Sample(len(run.latencies) * images_per_request / elapsed, *percentiles_us(run.latencies))
+
+
+@contextmanager
+def _faults_are_the_peers() -> Iterator[None]:
+    """Whatever goes wrong with what a peer sends is told of that peer, and ends nothing else."""
+    try:
+        yield
+    except LoadError:
+        raise
+    except Exception as error:
+        raise LoadError(f"{type(error).__name__}: {error}") from error
 
 
 class _Run:
@@ -106,13 +115,15 @@ class _Run:
         self._messages = [self._dialect.request(pixels[chosen]) for chosen in rows]
         self._expected = [digits[chosen].tolist() for chosen in rows]
         self._sent = 0
+        self._answered = 0.0
+        """When there was an answer last."""
         self._starts: dict[int, float] = {}
         self.latencies: list[float] = []
 
     def keep_up(self, in_flight: int, seconds: float) -> float:
         """Return the seconds until the last answer."""
         self.latencies.clear()
-        start = time.perf_counter()
+        start = self._answered = time.perf_counter()
         end = start + seconds
         with selectors.DefaultSelector() as selector:
             for number in range(in_flight):
@@ -121,8 +132,8 @@ class _Run:
                 selector.register(link, selectors.EVENT_READ, link)
                 self._serve(link, selector, end)
             while self._starts:
-                events = selector.select(SILENCE_SECONDS)
-                if not events:
+                events = selector.select(max(self._answered + SILENCE_SECONDS - time.perf_counter(), 0))
+                if not events or time.perf_counter() > self._answered + SILENCE_SECONDS:
                     raise LoadError(f"no answer in {SILENCE_SECONDS:.0f} s")
                 for key, _ in events:
                     self._serve(key.data, selector, end)
@@ -135,7 +146,7 @@ class _Run:
 
     def _serve(self, link: Link, selector: selectors.BaseSelector, end: float) -> None:
         while answers := link.exchange():
-            now = time.perf_counter()
+            now = self._answered = time.perf_counter()
             for answer in answers:
                 self.latencies.append(now - self._starts.pop(answer.tag))
                 self._check(answer)
@@ -165,17 +176,18 @@ def ask(target: Target, timeout: float) -> list[int]:
     """
     dialect = DIALECTS[target.dialect]
     end = time.monotonic() + timeout
-    try:
-        with closing(dialect.connect(target.address)) as link, selectors.DefaultSelector() as selector:
-            link.call(dialect.request(images()), 0)
-            while not (answers := link.exchange()):
-                both = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.wants_to_write else 0)
-                selector.register(link, both)
-                if (left := end - time.monotonic()) <= 0 or not selector.select(left):
-                    raise LoadError(f"no answer in {timeout} s")
-                selector.unregister(link)
-    except (OSError, ConnectionEnded) as error:
-        raise LoadError(f"{type(error).__name__}: {error}") from error
+    with (
+        _faults_are_the_peers(),
+        closing(dialect.connect(target.address)) as link,
+        selectors.DefaultSelector() as selector,
+    ):
+        link.call(dialect.request(images()), 0)
+        while not (answers := link.exchange()):
+            both = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.wants_to_write else 0)
+            selector.register(link, both)
+            if (left := end - time.monotonic()) <= 0 or not selector.select(left):
+                raise LoadError(f"no answer in {timeout} s")
+            selector.unregister(link)
     if answers[0].error:
         raise LoadError(answers[0].error)
     try:
@@ -184,38 +196,59 @@ def ask(target: Target, timeout: float) -> list[int]:
         raise WrongAnswer(f"an answer of {len(answers[0].content)} bytes that cannot be read: {error}") from error
 
 
-class _Remote:
-    """A load generator in another process."""
+class Remote:
+    """A load generator in another process, which is started when it is wanted, and anew when it has ended."""
 
-    def __init__(self, process: Any, digits: list[int]) -> None:
-        self._process = process
+    def __init__(self, digits: list[int], module: str) -> None:
         self._digits = digits
+        self._module = module
+        self._stack = ExitStack()
+        self._process: subprocess.Popen[str] | None = None
+
+    def close(self) -> None:
+        """End the process."""
+        with suppress(BrokenPipeError):  # an order that it did not read
+            self._stack.close()
+        self._process = None
 
     def closed_loop(self, target: Target, images_per_request: int, in_flight: int, seconds: float) -> Sample:
         order = {"target": asdict(target), "digits": self._digits, "load": [images_per_request, in_flight, seconds]}
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise LoadError(f"the load generator ended with code {self._process.wait()}")
+        if not (line := self._answer(json.dumps(order))):
+            assert self._process is not None
+            code = self._process.wait()
+            self.close()
+            raise LoadError(f"the load generator ended with code {code}")
         answer = json.loads(line)
         if "error" in answer:
-            raise (WrongAnswer if answer.get("wrong") else LoadError)(answer["error"])
+            raise (WrongAnswer if answer["wrong"] else LoadError)(answer["error"])
         return Sample(**answer)
+
+    def _answer(self, order: str) -> str:
+        if self._process is None:
+            self._process = self._stack.enter_context(started(self._module))
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(order + "\n")
+            self._process.stdin.flush()
+            return self._process.stdout.readline()
+        except BrokenPipeError:
+            return ""
 
 
 @contextmanager
-def process(digits: list[int]) -> Iterator[LoadGenerator]:
-    """Run a load generator in a process of its own."""
-    with started("bench.peers.load") as child:
-        yield _Remote(child, digits)
+def process(digits: list[int], module: str = "bench.peers.load") -> Iterator[Remote]:
+    """Run a load generator in a process of its own: a module that calls `obey`."""
+    with closing(Remote(digits, module)) as remote:
+        yield remote
 
 
-def main() -> None:
+def obey(generator: Callable[[list[int]], LoadGenerator]) -> None:
+    """Carry out the orders that come in."""
     for line in sys.stdin:
         order = json.loads(line)
         try:
-            sample = Loop(order["digits"]).closed_loop(Target(**order["target"]), *order["load"])
+            sample = generator(order["digits"]).closed_loop(Target(**order["target"]), *order["load"])
             answer: dict[str, Any] = asdict(sample)
         except LoadError as error:
             answer = {"error": str(error), "wrong": isinstance(error, WrongAnswer)}
@@ -223,4 +256,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    obey(Loop)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from bench.peers.load import LoadError, LoadGenerator, Sample, WrongAnswer
 from bench.peers.peer import CannotStart, Peer
@@ -21,14 +22,42 @@ class Scenario:
     images: int
     """In each request."""
     in_flight: int
+    with_sdk: bool = False
+    """Whether ours is also measured through the SDK, whose calls go together; the peers have nothing like it."""
+
+    def ways(self, ours: Iterable[str]) -> list[Way]:
+        """How ours are measured."""
+        ways = []
+        for name in ours:
+            if self.in_flight > 1 or not name.endswith("x2"):  # one caller has one worker
+                ways.append(Way(name, name, is_sdk=False))
+            if self.with_sdk and name.endswith("x1"):  # as one client has one connection
+                ways.append(Way(f"{name}, SDK", name, is_sdk=True))
+        return ways
+
+
+class Way(NamedTuple):
+    """One system of ours under one load."""
+
+    name: str
+    """Of its samples."""
+    system: str
+    is_sdk: bool
 
 
 SCENARIOS = (
     Scenario("1 caller", 1, 1),
-    Scenario("64 callers", 1, 64),
+    Scenario("64 callers", 1, 64, with_sdk=True),
     Scenario("64 images, 4 in flight", 64, 4),
     Scenario("256 images, 4 in flight", 256, 4),
 )
+
+
+class Loads(NamedTuple):
+    """What makes the load."""
+
+    direct: LoadGenerator
+    sdk: LoadGenerator
 
 
 @dataclass
@@ -52,7 +81,7 @@ class Result:
 def measure(
     peers: Iterable[Peer],
     ours: Mapping[str, Peer],
-    load: LoadGenerator,
+    loads: Loads,
     digits: list[int],
     rounds: int,
     seconds: float,
@@ -63,8 +92,8 @@ def measure(
         CannotStart, LoadError: of ours.
     """
     with ExitStack() as stack:
-        systems = {name: stack.enter_context(running(one, digits)) for name, one in ours.items()}
-        results = [_measure_peer(peer, systems, load, digits, rounds, seconds) for peer in peers]
+        systems = {name: stack.enter_context(_second_start(one, digits)) for name, one in ours.items()}
+        results = [_measure_peer(peer, systems, loads, digits, rounds, seconds) for peer in peers]
         mine = [
             Result(name, one.settings, ready_seconds=systems[name].ready_seconds, memory_mb=systems[name].memory_mb())
             for name, one in ours.items()
@@ -72,17 +101,26 @@ def measure(
     return mine, results
 
 
+@contextmanager
+def _second_start(peer: Peer, digits: list[int]) -> Iterator[Running]:
+    """The second of two: what it reads is in the cache, for all alike, whoever was the first with a file."""
+    with running(peer, digits):
+        pass
+    with running(peer, digits) as system:
+        yield system
+
+
 def _measure_peer(
-    peer: Peer, ours: Mapping[str, Running], load: LoadGenerator, digits: list[int], rounds: int, seconds: float
+    peer: Peer, ours: Mapping[str, Running], loads: Loads, digits: list[int], rounds: int, seconds: float
 ) -> Result:
     result = Result(peer.name, peer.settings)
     _tell(f"{peer.name} ...")
     try:
-        with running(peer, digits) as system:
+        with _second_start(peer, digits) as system:
             result.ready_seconds = system.ready_seconds
             for number in range(rounds):
                 for scenario in SCENARIOS:
-                    _round(number, scenario, result, system, ours, load, seconds)
+                    _round(number, scenario, result, system, ours, loads, seconds)
                 if number == 0:  # now all its workers have come up
                     result.memory_mb = system.memory_mb()
     except CannotStart as error:
@@ -100,17 +138,16 @@ def _round(
     result: Result,
     system: Running,
     ours: Mapping[str, Running],
-    load: LoadGenerator,
+    loads: Loads,
     seconds: float,
 ) -> None:
     """Measure one scenario; who goes first changes from round to round."""
     if scenario.name in result.errors:
         return
-    systems = [(result.name, system), *ours.items()]
+    turns = [(result.name, system, loads.direct)]
+    turns += [(way.name, ours[way.system], loads.sdk if way.is_sdk else loads.direct) for way in scenario.ways(ours)]
     samples: dict[str, Sample] = {}
-    for name, one in in_turn(systems, number):
-        if one is not system and scenario.in_flight == 1 and name.endswith("x2"):
-            continue  # one caller has one worker
+    for name, one, load in in_turn(turns, number):
         try:
             with nullcontext() if one is system else system.paused():
                 samples[name] = load.closed_loop(one.target, scenario.images, scenario.in_flight, seconds)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import socketserver
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pytest
@@ -16,6 +19,13 @@ from client.load.images import images
 
 ROOT = Path(__file__).parents[2]
 Answer = Callable[[bytes], tuple[int, bytes]]
+
+
+class RawServer(Protocol):
+    """Start a server that answers each request with these bytes, then with `endless` again and again."""
+
+    def __call__(self, answer: bytes, endless: bytes = b"") -> str: ...
+
 
 sys.path.append(str(ROOT))  # behind what is installed; the modules of this folder import the benches
 
@@ -76,3 +86,31 @@ def http_server() -> Iterator[Callable[[Answer], str]]:
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture
+def raw_server() -> Iterator[RawServer]:
+    """Its answers need not be HTTP."""
+    with ExitStack() as stack:
+
+        def start(answer: bytes, endless: bytes = b"") -> str:
+            class Handler(socketserver.StreamRequestHandler):
+                def handle(self) -> None:
+                    with suppress(OSError):
+                        while self.rfile.readline():
+                            length = 0
+                            while (field := self.rfile.readline()).strip():
+                                name, _, value = field.partition(b":")
+                                length = int(value) if name == b"content-length" else length
+                            self.rfile.read(length)
+                            self.wfile.write(answer)
+                            while endless:
+                                self.wfile.write(endless)
+
+            server = stack.enter_context(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler))
+            server.daemon_threads = True
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+            stack.callback(server.shutdown)
+            return f"127.0.0.1:{server.server_address[1]}"
+
+        yield start

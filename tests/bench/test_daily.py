@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -63,3 +64,38 @@ def test_a_wrong_answer_fails_the_run(
     assert "unary @1 at 127.0.0.1:" in (error := capsys.readouterr().err)
     assert "wrong answer" in error
     assert not (tmp_path / "last.json").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", '{"figures": [{}]}'])
+def test_a_last_run_of_another_form_does_not_lose_this_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    (last := tmp_path / "last.json").write_text(content)
+    assert bench("--row", "7", "--last", str(last)) == 0
+    assert "of another form" in capsys.readouterr().out
+    assert [figure["name"] for figure in json.loads(last.read_text())["figures"]] == ["one image"]
+
+
+@pytest.mark.parametrize("program", ["bench.__main__", "bench.client", "bench.peers.__main__"])
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        *((["--seconds", seconds], "--seconds") for seconds in ("nan", "inf", "0", "-1", "x")),
+        *((["--rounds", rounds], "--rounds") for rounds in ("0", "x")),
+        (["--json", "/proc/x/l.json"], "/proc/x/l.json cannot be written"),
+        (["--json", "/"], "/ cannot be written"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_measuring(
+    capsys: pytest.CaptureFixture[str], program: str, arguments: list[str], reason: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(program).main(arguments)
+    assert ended.value.code == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_a_last_run_that_cannot_be_written_is_refused_before_measuring(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench("--last", "/proc/x/l.json")
+    assert "/proc/x/l.json cannot be written" in capsys.readouterr().err

@@ -773,7 +773,7 @@ def test_ten_thousand_open_streams_are_all_answered(
         left = set(numbers[client])
         for received in client.frames():
             if received.kind == HEADERS and "grpc-status" in (headers := client.headers_in(received)):
-                assert headers["grpc-status"] == "0"
+                assert headers["grpc-status"] == "0", headers
                 left.discard(received.stream)
                 if not left:
                     break
