@@ -54,6 +54,9 @@ QUIET_SECONDS = 0.002
 LOOK_EVERY = 32
 """One in so many batches gathers without knowing whether it pays (docs/design.md has the figures)."""
 
+LOOK_AT_LEAST = 512
+"""Looks that find few become rarer, down to one in so many batches: each costs QUIET_SECONDS."""
+
 PAUSE_SECONDS = 0.01
 """Items that come after a longer pause come alone, until a batch shows otherwise."""
 
@@ -202,6 +205,7 @@ class DynamicBatcher(Generic[Item, Result]):
         self._queued_rows = 0
         self._expected = 1  # items that the next batch waits for; with 1, it takes what is there
         self._since_look = 0  # batches
+        self._look_every = LOOK_EVERY
         self._in_company = False  # the first item of the next batch
         self._wake_at = 1  # items; what waits for items is woken by no fewer
         self._hurried = False
@@ -280,7 +284,7 @@ class DynamicBatcher(Generic[Item, Result]):
             return None
         if self._entries or self._is_computing or self._task is None or self._expected > 1:
             return None
-        if self._since_look >= LOOK_EVERY and self._several_callers():
+        if self._since_look >= self._look_every and self._several_callers():
             return None  # see how many there are
         self._since_look += 1
         token = self._observer.queued(rows)
@@ -423,7 +427,8 @@ class DynamicBatcher(Generic[Item, Result]):
         """
         self._since_look += 1
         expected = min(self._expected, ENOUGH_ITEMS)
-        if self._since_look > LOOK_EVERY and self._in_company and self.inline_size:
+        looks = self._since_look > self._look_every and self._in_company and bool(self.inline_size)
+        if looks:
             self._since_look = 0
             expected = ENOUGH_ITEMS
         if expected == 1:
@@ -439,6 +444,9 @@ class DynamicBatcher(Generic[Item, Result]):
             if self._entries <= before:
                 break
         self._wake_at = 1
+        if looks:
+            found = self._entries >= FEW_ITEMS
+            self._look_every = LOOK_EVERY if found else min(2 * self._look_every, LOOK_AT_LEAST)
 
     async def _keep_window_open(self) -> None:
         """Wait until the first item is `max_wait_ms` old, an item has half of its time left, or the batch is full."""

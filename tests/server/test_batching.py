@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import server.batching
 from server.batching import (
     ENOUGH_ITEMS,
+    LOOK_AT_LEAST,
     LOOK_EVERY,
     QUIET_SECONDS,
     Answer,
@@ -446,6 +447,25 @@ async def test_items_that_come_while_others_are_coming_are_put_together_after_a_
         assert batcher.run_now([1]) is None
         await asyncio.gather(*batcher.enqueue([[1]] * 8))
         assert engine.rows[-1] == [1] * 8
+
+
+async def test_looks_that_find_nobody_become_rarer_until_one_finds_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lone caller over a fast transport looks like several, and would wait in one batch of 33."""
+    monkeypatch.setattr(server.batching, "ROUND_TRIP_SECONDS", 1000.0)
+    async with batcher_of(Engine(), max_batch_size=16, inline_size=16) as batcher:
+
+        async def batches_until_a_look(items: int) -> int:
+            batches = 0
+            while batcher.run_now([1]) is not None:
+                batches += 1
+            await asyncio.gather(*batcher.enqueue([[1]] * items))
+            return batches
+
+        looks = [await batches_until_a_look(1) for _ in range(7)]
+        assert looks == [32, 64, 128, 256, 512, 512, 512]
+        assert looks[-1] == LOOK_AT_LEAST
+        await batches_until_a_look(8)
+        assert batcher.run_now([1]) is None, "the next ones are waited for"
 
 
 async def test_a_caller_who_takes_its_time_is_never_put_together_with_others(monkeypatch: pytest.MonkeyPatch) -> None:
