@@ -273,9 +273,9 @@ def run(lanes: Sequence[Lane], sender: Sender, start: float, times: Times) -> Ou
         last = end + times.patience
         while (now := time.monotonic()) < last or _waits_for_late_ones(lanes, sender, now, end, times.patience):
             if cpu_at_begin is None and now >= begin:
-                cpu_at_begin, sender.late = time.process_time(), Histogram()
+                cpu_at_begin, sender.late = time.thread_time(), Histogram()
             if cpu_at_end is None and now >= end:
-                cpu_at_end = time.process_time()
+                cpu_at_end = time.thread_time()
             try:
                 is_idle = now >= end and not any(lane.under_way for lane in lanes)
                 if is_idle and not sender.refused and sender.unsent(end) is None:
@@ -300,7 +300,7 @@ def run(lanes: Sequence[Lane], sender: Sender, start: float, times: Times) -> Ou
             if fault is not None:
                 outcome.note(fault)
     if cpu_at_begin is not None:
-        outcome.cpu_seconds = (cpu_at_end or time.process_time()) - cpu_at_begin
+        outcome.cpu_seconds = (cpu_at_end or time.thread_time()) - cpu_at_begin
     outcome.late = sender.late
     outcome.sent_again = sender.sent_again
     return outcome
