@@ -30,9 +30,9 @@ from client._errors import (
     UnauthenticatedError,
     UnavailableError,
 )
-from client._types import DIGITS, Image, Model, Prediction, PredictionDraft
+from client._types import Image, Model, Prediction, PredictionDraft
 from digits.canonical import canonical_bytes, may_be_canonical
-from digits.preprocessing import PIXELS, InvalidImage, Preprocessing, preprocess
+from digits.preprocessing import DIGITS, PIXELS, InvalidImage, Preprocessing, preprocess
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 
 DEFAULT_TIMEOUT = 10.0  # seconds

@@ -9,14 +9,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from digits.preprocessing import ImageLike
+from digits.preprocessing import DIGITS, ImageLike
 
 Image: TypeAlias = ImageLike
 """A path, the bytes of a file, a binary file object, a PIL image, or an array:
 `uint8[h, w]`, `uint8[h, w, 1|3|4]`, or floats of these shapes in [0, 1]."""
-
-DIGITS = tuple("0123456789")
-"""What the classes mean where a server says nothing else."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)

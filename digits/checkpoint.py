@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from digits.network import ARCHITECTURES
-from digits.preprocessing import CLASSES, MAX_CLASSES, MEAN, STD
+from digits.preprocessing import CLASSES, DIGITS, MAX_CLASSES, MEAN, STD
 from digits.snapshot import (
     MAX_WEIGHTS_BYTES,
     VERSION_DIGITS,
@@ -79,7 +79,7 @@ class Manifest:
     Liu et al., "Energy-based Out-of-distribution Detection", NeurIPS 2020.
     """
 
-    labels: tuple[str, ...] = tuple(str(digit) for digit in range(CLASSES))
+    labels: tuple[str, ...] = DIGITS
     """The meaning of each of the 10 to 100 classes, by the rule of `is_label`; empty where there is no such class.
 
     The network has as many outputs.

@@ -36,6 +36,9 @@ from digits.segmentation import find_ink
 CLASSES = 10
 """The digits: the classes of a model that says nothing else."""
 
+DIGITS = tuple(str(digit) for digit in range(CLASSES))
+"""What they mean: the labels of such a model."""
+
 MAX_CLASSES = 100
 """Classes of a model at most. The number of one is then a single byte on the wire, on which `server/answers.py` relies,
 and an image's probabilities and logits together, 800 bytes, are hardly longer than its pixels."""

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from digits.checkpoint import Checkpoint, Manifest, parse_checkpoint
 from digits.network import ImprovedNN
-from digits.preprocessing import MAX_CLASSES, PIXELS, normalize
+from digits.preprocessing import DIGITS, MAX_CLASSES, PIXELS, normalize
 from digits.snapshot import InvalidCheckpoint, Snapshot
 from server.errors import CannotServe
 from server.golden import golden_digits
@@ -35,9 +35,6 @@ GOLDEN_TOGETHER = (1, 5, 20)
 
 REFUSED_AT_MOST = 0.5
 """The share of golden digits that may score below the model's own threshold."""
-
-DIGITS = Manifest().labels
-"""What the classes mean where nothing else is said."""
 
 CACHED_ROWS = 32
 """A CPU takes so many images at a time through a CNN; what the layers give for more does not stay in its cache."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from digits.preprocessing import CLASSES, PIXELS, SIDE
+from digits.preprocessing import DIGITS, PIXELS, SIDE
 from protos.inference import grpc_inference_service_pb2 as pb
 from server.errors import InvalidArgument
 from server.inputs import MAX_FEATURE, Rows
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from server.inference import Scores
 
 Parameters: TypeAlias = Mapping[str, pb.InferParameter]
-
-DIGITS = tuple(str(digit) for digit in range(CLASSES))
-"""What the classes mean where scores say nothing else."""
 
 ROW_SHAPES = ((PIXELS,), (SIDE, SIDE), (1, SIDE, SIDE))
 """The shapes that a row of an input may have; row-major, they are one and the same memory."""

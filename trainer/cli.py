@@ -33,11 +33,12 @@ from digits.checkpoint import (
     manifest_path,
     save_checkpoint,
 )
+from digits.preprocessing import DIGITS
 from trainer import report
 from trainer.augmentation import Augmentation
 from trainer.calibration import TEMPERATURES, coverage, fit_temperature, reliability
 from trainer.card import model_card, model_names, picture_name
-from trainer.data import DIGITS, Data, DataError, split
+from trainer.data import Data, DataError, split
 from trainer.datasets import DATASETS, load_data
 from trainer.evaluation import Evaluation, evaluation_of, read
 from trainer.flags import (

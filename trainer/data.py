@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from digits.preprocessing import CLASSES, PIXELS, SIDE
+from digits.preprocessing import DIGITS, PIXELS, SIDE
 
 FILES = (
     "train-images-idx3-ubyte",
@@ -33,7 +33,6 @@ FILES = (
     "t10k-labels-idx1-ubyte",
 )
 
-DIGITS = tuple(str(digit) for digit in range(CLASSES))
 
 DOWNLOAD_TIMEOUT = 30.0
 """Seconds without an answer from a download server."""

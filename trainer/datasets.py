@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from digits.checkpoint import MAX_LABEL, is_label
-from digits.preprocessing import CLASSES, MAX_CLASSES, PIXELS, InvalidImage, to_pixels
-from trainer.data import DIGITS, MNIST, Data, DataError, LabelledPixels, Source, load_source
+from digits.preprocessing import CLASSES, DIGITS, MAX_CLASSES, PIXELS, InvalidImage, to_pixels
+from trainer.data import MNIST, Data, DataError, LabelledPixels, Source, load_source
 
 logger = logging.getLogger(__name__)
 

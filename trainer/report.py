@@ -19,9 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
-from digits.preprocessing import SIDE
+from digits.preprocessing import DIGITS, SIDE
 from trainer.calibration import BINS, Reliability, wilson_interval
-from trainer.data import DIGITS
 from trainer.evaluation import Evaluation
 from trainer.training import Epoch
 

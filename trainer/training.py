@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from digits.checkpoint import Checkpoint
 from digits.network import ARCHITECTURES
-from digits.preprocessing import MEAN, STD
-from trainer.data import DIGITS, Data, LabelledPixels, split
+from digits.preprocessing import DIGITS, MEAN, STD
+from trainer.data import Data, LabelledPixels, split
 from trainer.evaluation import Evaluation, evaluation_of, read, to_features
 from trainer.material import Batch, Lessons, Material
 from trainer.normalisation import merged, normalised

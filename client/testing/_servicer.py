@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from client import _request_id
-from client._types import DIGITS, Model
+from client._types import Model
 from client.testing._answers import Row
 from client.testing._faults import Delay, Drop, Fault, Hang, Status
 from client.testing._health import State
 from client.testing._script import Request, Script
-from digits.preprocessing import MEAN, PIXELS, STD, InvalidImage, to_pixels
+from digits.preprocessing import DIGITS, MEAN, PIXELS, STD, InvalidImage, to_pixels
 from protos.mnist.v1 import digit_classifier_pb2 as pb
 from protos.mnist.v1.digit_classifier_pb2_grpc import DigitClassifierServicer
 

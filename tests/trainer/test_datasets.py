@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from digits.preprocessing import to_pixels
+from digits.preprocessing import DIGITS, to_pixels
 from server.golden import golden_digits
 from trainer.cli import main
-from trainer.data import DIGITS, DataError
+from trainer.data import DataError
 from trainer.datasets import (
     EMNIST_DIGITS,
     EMNIST_LETTERS,
