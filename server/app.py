@@ -17,6 +17,7 @@ from digits.snapshot import InvalidCheckpoint, Snapshot, take_snapshot
 from server import admin, authentication, model_admin, open_inference_servicer, servicer
 from server.credentials import server_credentials, tls_context
 from server.errors import CannotServe, not_installed
+from server.gathering import Arrivals
 from server.grpcio import GrpcioServer
 from server.intake import Intake
 from server.limits import connection_options
@@ -89,8 +90,6 @@ class DigitServer:
         self._serving = False
         self._stopping = False
         self._cut_short = asyncio.Event()
-        self._service = DigitService(settings, self._observer)
-        inference = OpenInference(self._service, settings, statistics, self.is_serving)
         self._health = admin.HealthServicer(HEALTH_NAMES)
         names = [SERVICE_NAME, OPEN_INFERENCE_NAME, *admin.SERVICES]
         if exchange is not None:
@@ -101,9 +100,12 @@ class DigitServer:
         self._keeps_port = sys.platform == "linux" and settings.transport == "grpcio" and not shares_port
         self._kept: Reservation | None = None
         """The port, kept for us alone; to be shared with the server that takes the first one's place, if one has to."""
+        arrivals = Arrivals() if settings.transport == "asgi" else None  # grpc.aio cannot tell
         self._server, self._credentials = _transport(
-            settings, interceptors, shares_port=shares_port or self._keeps_port, on_lost=on_lost
+            settings, interceptors, arrivals, shares_port=shares_port or self._keeps_port, on_lost=on_lost
         )
+        self._service = DigitService(settings, self._observer, arrivals)
+        inference = OpenInference(self._service, settings, statistics, self.is_serving)
         if settings.transport == "asgi":
             self._add_plain_http(tokens[0] if tokens else None, metrics_page, names, http_span)
         intake = Intake(self._service)
@@ -290,6 +292,7 @@ class DigitServer:
 def _transport(
     settings: Settings,
     interceptors: Sequence[grpc.aio.ServerInterceptor],
+    arrivals: Arrivals | None,
     *,
     shares_port: bool,
     on_lost: Callable[[], None],
@@ -309,6 +312,7 @@ def _transport(
     server: Any = Http2Server(
         interceptors=interceptors,
         max_message_bytes=_TRANSPORT_MARGIN * settings.max_message_bytes,
+        arrivals=arrivals,
         max_connection_age=settings.max_connection_age,
         max_connection_age_grace=settings.max_connection_age_grace,
         shares_port=shares_port,

@@ -6,8 +6,8 @@ and so is a result. Knows neither gRPC nor torch nor NumPy, only asyncio.
 The rules, each with a test of its own in `tests/server/test_batching.py`:
 
 - Work-conserving: a free engine takes all that waits, up to `max_batch_size`
-  rows, and waits for no clock. A lone item runs at once. Only where many items
-  come together does a batch wait for as many as the last one had.
+  rows, and waits for no clock. A lone item runs at once. For what is about to
+  come it waits by one of the rules in `server/gathering.py`.
 - Fair: every request, and every stream, is a flow of its own, and requests are
   finished in the order in which they would be if all flows were computed side
   by side, row by row. The hundredth part of a bulk request waits for a single
@@ -38,30 +38,13 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
+from server.gathering import ENOUGH_ITEMS, Arrivals, ByLooks, ByTurns, Gathering
 from server.observer import Observer
 
 logger = logging.getLogger(__name__)
 
-ENOUGH_ITEMS = 32
-"""So many gathered items are worth no more waiting: larger batches make an image hardly cheaper."""
-
-FEW_ITEMS = 8
-"""Batches that gather fewer are not worth waiting for either: such callers are computed as they come."""
-
-QUIET_SECONDS = 0.002
-"""After so long without a new item, none is on its way."""
-
-LOOK_EVERY = 32
-"""One in so many batches gathers without knowing whether it pays (docs/design.md has the figures)."""
-
-LOOK_AT_LEAST = 512
-"""Looks that find few become rarer, down to one in so many batches: each costs QUIET_SECONDS."""
-
-PAUSE_SECONDS = 0.01
-"""Items that come after a longer pause come alone, until a batch shows otherwise."""
-
-ROUND_TRIP_SECONDS = 0.00015
-"""An item that comes sooner than this after the last answer is not from the caller who got that: there are several."""
+SMALL_ROWS = 4
+"""Items of so many rows on average take the event loop longer to bring in and to answer than to compute."""
 
 Item = TypeVar("Item", bound=Sized)
 Result = TypeVar("Result", bound=Sized)
@@ -172,9 +155,13 @@ class DynamicBatcher(Generic[Item, Result]):
         max_wait_ms: how long a first item waits for others, in milliseconds.
         max_queue_size: the most rows that wait.
         inline_size: batches of up to this many rows run on the event loop
-            itself, larger ones in a thread. A thread costs more than a small
-            batch takes, but leaves the loop free meanwhile.
-        company: tells whether more items than those here are known to be coming.
+            itself, and of many small items larger ones, too; others in a
+            thread. A thread costs more than a small batch takes, but leaves
+            the loop free meanwhile. With 0, all batches run in the thread.
+        arrivals: of items that are about to come in this turn of the event
+            loop; None where nobody knows.
+        company: tells, where nobody knows how many, whether more items than
+            those here are known to be coming.
         observer: is told what happens.
     """
 
@@ -186,6 +173,7 @@ class DynamicBatcher(Generic[Item, Result]):
         max_wait_ms: float = 0,
         max_queue_size: int,
         inline_size: int = 0,
+        arrivals: Arrivals | None = None,
         company: Callable[[], bool] = lambda: False,
         observer: Observer | None = None,
     ) -> None:
@@ -195,7 +183,7 @@ class DynamicBatcher(Generic[Item, Result]):
         self._max_queue_size = max_queue_size
         self.inline_size = inline_size
         """May be set at any time, for the batches from then on."""
-        self._company = company
+        self._gathering: Gathering = ByLooks(company) if arrivals is None else ByTurns(arrivals)
         self._observer = observer or Observer()
         self._queue: list[_Entry[Item, Result]] = []  # a heap; those that left it otherwise are still in it
         self._entries = 0  # in the queue, without those that left it
@@ -203,13 +191,8 @@ class DynamicBatcher(Generic[Item, Result]):
         self._now = 0.0  # virtual time: the rows that each flow would have had computed, side by side
         self._flows = 0  # that have something in the queue
         self._queued_rows = 0
-        self._expected = 1  # items that the next batch waits for; with 1, it takes what is there
-        self._since_look = 0  # batches
-        self._look_every = LOOK_EVERY
-        self._in_company = False  # the first item of the next batch
         self._wake_at = 1  # items; what waits for items is woken by no fewer
         self._hurried = False
-        self._ended = 0.0  # when the last batch was computed
         self._busy_since: float | None = None
         self._is_computing = False  # from the loop's point of view: one batch, or several in the thread
         self._clock = 0.0  # of the loop, less the monotonic one
@@ -219,6 +202,26 @@ class DynamicBatcher(Generic[Item, Result]):
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch")
         self._task: asyncio.Task[None] | None = None
+
+    # A `server.gathering.Queue`
+
+    @property
+    def items(self) -> int:
+        """How many wait now."""
+        return self._entries
+
+    def has(self, items: int) -> bool:
+        """Whether so many items wait, or as many rows as a batch takes, or nothing is to be waited for."""
+        return self._entries >= items or self._queued_rows >= self._max_batch_size or self._hurried
+
+    async def wait_for(self, items: int, seconds: float) -> None:
+        """Wait until `has`, for so long at most."""
+        self._wake_at = items
+        self._arrived.clear()
+        timer = asyncio.get_running_loop().call_later(seconds, self._arrived.set)
+        await self._arrived.wait()
+        timer.cancel()
+        self._wake_at = 1
 
     @property
     def queued_rows(self) -> int:
@@ -282,11 +285,9 @@ class DynamicBatcher(Generic[Item, Result]):
         rows = len(item)
         if rows > min(self.inline_size, self._max_batch_size) or self._max_wait_seconds or self._closed:
             return None
-        if self._entries or self._is_computing or self._task is None or self._expected > 1:
+        if self._entries or self._is_computing or self._task is None or not self._gathering.may_run_now(rows):
             return None
-        if self._since_look >= self._look_every and self._several_callers():
-            return None  # see how many there are
-        self._since_look += 1
+        self._gathering.ran_now()
         token = self._observer.queued(rows)
         try:
             (result,), compute_seconds = self._run_timed([item])
@@ -295,7 +296,7 @@ class DynamicBatcher(Generic[Item, Result]):
             self._observer.batch_ended(rows, [token], [0.0], 0.0, failed=True)
             raise
         finally:
-            self._ended = time.monotonic()
+            self._gathering.was_computed()
         self._observer.batch_ended(rows, [token], [0.0], compute_seconds, failed=False)
         return Answer(result, rows, 0.0, compute_seconds)
 
@@ -332,7 +333,7 @@ class DynamicBatcher(Generic[Item, Result]):
         loop = asyncio.get_running_loop()
         now = loop.time()
         if not self._entries:
-            self._in_company = self._several_callers()
+            self._gathering.first_came()
         flow.finish = max(self._now, flow.finish) + rows
         self._flows += not flow.waiting
         flow.waiting += len(items)
@@ -356,10 +357,6 @@ class DynamicBatcher(Generic[Item, Result]):
         if self._entries >= self._wake_at or self._queued_rows >= self._max_batch_size:
             self._arrived.set()
         return futures
-
-    def _several_callers(self) -> bool:
-        """Whether an item that comes now shows that there is more than one caller."""
-        return self._company() or time.monotonic() - self._ended < ROUND_TRIP_SECONDS
 
     async def submit(self, item: Item, *, deadline: float | None = None, flow: Flow | None = None) -> Answer[Result]:
         """Enqueue one item and wait for its answer.
@@ -400,7 +397,7 @@ class DynamicBatcher(Generic[Item, Result]):
                     return
                 await self._idle()
                 continue
-            await self._take_in_arrivals()
+            await self._gathering.gather(self, looks_pay=self.inline_size > 0)
             await self._keep_window_open()
             with self._lock:
                 cut = self._cut(asyncio.get_running_loop().time())
@@ -411,42 +408,11 @@ class DynamicBatcher(Generic[Item, Result]):
                 await asyncio.sleep(0)
 
     async def _idle(self) -> None:
-        """Wait for an item; after a pause, the company that the last batch had means nothing."""
+        """Wait for an item."""
         self._arrived.clear()
         idle_since = time.monotonic()
         await self._arrived.wait()
-        if time.monotonic() - idle_since > PAUSE_SECONDS:
-            self._expected = 1
-
-    async def _take_in_arrivals(self) -> None:
-        """Where items come together, wait until enough are here, or no more come.
-
-        In Python the engine is hardly ever busy: a call costs the event loop
-        several times what its image costs the network, so that calls would be
-        computed one by one however many there are.
-        """
-        self._since_look += 1
-        expected = min(self._expected, ENOUGH_ITEMS)
-        looks = self._since_look > self._look_every and self._in_company and bool(self.inline_size)
-        if looks:
-            self._since_look = 0
-            expected = ENOUGH_ITEMS
-        if expected == 1:
-            return
-        loop = asyncio.get_running_loop()
-        self._wake_at = expected
-        while self._entries < expected and self._queued_rows < self._max_batch_size and not self._hurried:
-            before = self._entries
-            self._arrived.clear()
-            timer = loop.call_later(QUIET_SECONDS, self._arrived.set)
-            await self._arrived.wait()
-            timer.cancel()
-            if self._entries <= before:
-                break
-        self._wake_at = 1
-        if looks:
-            found = self._entries >= FEW_ITEMS
-            self._look_every = LOOK_EVERY if found else min(2 * self._look_every, LOOK_AT_LEAST)
+        self._gathering.was_idle(time.monotonic() - idle_since)
 
     async def _keep_window_open(self) -> None:
         """Wait until the first item is `max_wait_ms` old, an item has half of its time left, or the batch is full."""
@@ -497,7 +463,7 @@ class DynamicBatcher(Generic[Item, Result]):
                 self._leave(entry)
         # When all is done, it is as far as the last one: nobody pays later for what nobody else wanted.
         self._now = self._now + rows / max(flows, 1) if self._entries else last
-        self._expected = len(cut.batch) if len(cut.batch) >= FEW_ITEMS else 1
+        self._gathering.was_cut(len(cut.batch))
         cut.queued_rows = self._queued_rows
         return cut
 
@@ -514,7 +480,7 @@ class DynamicBatcher(Generic[Item, Result]):
         loop = asyncio.get_running_loop()
         self._is_computing = True
         try:
-            if sum(entry.rows for entry in batch) <= self.inline_size:
+            if self._is_for_the_loop(sum(entry.rows for entry in batch), len(batch)):
                 computed = self._compute(batch)
                 self._deliver(computed)
                 if computed.error is not None and not isinstance(computed.error, Exception):
@@ -547,7 +513,18 @@ class DynamicBatcher(Generic[Item, Result]):
 
     def _goes_on(self) -> bool:
         """Whether what waits is worth the thread, and there is nothing to wait for."""
-        return self._queued_rows > self.inline_size and self._expected == 1 and not self._max_wait_seconds
+        if self._is_for_the_loop(self._queued_rows, self._entries):
+            return False
+        return not self._gathering.is_expecting and not self._max_wait_seconds
+
+    def _is_for_the_loop(self, rows: int, items: int) -> bool:
+        """Whether the loop computes so much by itself.
+
+        With hundreds of callers of an image each it is busy with their messages
+        all the time: a thread would then do nothing but take turns with it.
+        """
+        many_small = items >= ENOUGH_ITEMS and rows <= SMALL_ROWS * items
+        return rows <= self.inline_size or (many_small and self.inline_size > 0)
 
     def _compute(self, batch: list[_Entry[Item, Result]]) -> _Computed[Item, Result]:
         items = [entry.item for entry in batch]
@@ -564,7 +541,7 @@ class DynamicBatcher(Generic[Item, Result]):
 
     def _deliver(self, computed: _Computed[Item, Result]) -> None:
         """On the loop: callers get their rows, or the error."""
-        self._ended = time.monotonic()
+        self._gathering.was_computed()
         batch, seconds, error = computed.batch, computed.compute_seconds, computed.error
         rows = sum(entry.rows for entry in batch)
         tokens = [entry.token for entry in batch]

@@ -26,6 +26,7 @@ from protos.mnist.v1 import digit_classifier_pb2 as pb
 from server.answers import build_response
 from server.batching import Answer, DeadlineExpired, DynamicBatcher, Flow, QueueClosed, QueueFull
 from server.errors import DeadlineExceeded, Internal, InvalidArgument, NotServing, Overloaded, ServiceError
+from server.gathering import Arrivals
 from server.inputs import Inputs, Rows, collect, count_bytes, count_images, decode, read_buffer
 from server.observer import Observer
 from server.settings import Settings
@@ -90,7 +91,9 @@ class DigitService:
     streams end.
     """
 
-    def __init__(self, settings: Settings, observer: Observer | None = None) -> None:
+    def __init__(self, settings: Settings, observer: Observer | None = None, arrivals: Arrivals | None = None) -> None:
+        """`arrivals` are those of the calls, where the transport counts them."""
+        self._arrivals = arrivals
         self._settings = settings
         self.observer = observer or Observer()
         self._announced: dict[Hashable, float] = {}  # unary calls whose messages are being read, and since when
@@ -101,6 +104,7 @@ class DigitService:
             max_batch_size=settings.max_batch_size,
             max_wait_ms=settings.max_wait_ms,
             max_queue_size=settings.max_queue_size,
+            arrivals=arrivals,
             company=self._has_company,
             observer=self.observer,
         )
@@ -253,7 +257,7 @@ class DigitService:
             raise NotServing("the server is about to stop")
         settings = self._settings
         window_bytes = STREAM_WINDOW_MESSAGES * settings.max_message_bytes
-        stream = OrderedStream(measure, answer, settings.stream_window, window_bytes)
+        stream = OrderedStream(measure, answer, settings.stream_window, window_bytes, self._arrivals)
         self._streams.add(stream)
         self.observer.stream_opened()
         try:

@@ -16,6 +16,7 @@ from protos.mnist.v1 import digit_classifier_pb2 as pb
 from server.answers import build_response
 from server.batching import Answer
 from server.errors import NotServing, Overtaken, ServiceError
+from server.gathering import Arrivals
 from server.inputs import Inputs, count_bytes, count_images
 
 if TYPE_CHECKING:
@@ -43,12 +44,22 @@ class OrderedStream(Generic[Request, Reply]):
         answer: Callable[[Request], Coroutine[Any, Any, Reply]],
         window: int,
         window_bytes: int,
+        arrivals: Arrivals | None = None,
     ) -> None:
-        """`measure` gives the rows and the bytes of a message; `answer` is called in the order of arrival."""
+        """Begin.
+
+        Args:
+            measure: gives the rows and the bytes of a message.
+            answer: is called in the order of arrival.
+            window: rows that are unanswered at most.
+            window_bytes: of their images.
+            arrivals: is told of each message.
+        """
         self._measure = measure
         self._answer = answer
         self._window = window
         self._window_bytes = window_bytes
+        self._arrivals = arrivals
         self._complete = False  # the sender has said that nothing more comes, and all is pending
         self._pending: deque[tuple[int, int, asyncio.Task[Reply]]] = deque()  # with rows and bytes
         self._unanswered = 0
@@ -92,6 +103,8 @@ class OrderedStream(Generic[Request, Reply]):
                     await self._room.wait()
                 if self._draining:
                     return
+                if self._arrivals is not None:
+                    self._arrivals.announce(asyncio.get_running_loop())
                 self._pending.append((rows, size, asyncio.create_task(self._answer(request))))
                 self._unanswered += rows
                 self._unanswered_bytes += size

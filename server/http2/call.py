@@ -123,6 +123,7 @@ class Call:
         if head.timeout is not None:
             self._deadline = loop.time() + head.timeout
             self._timer = loop.call_at(self._deadline + CLOCK_SECONDS, self._expire)
+        link.server.arrivals.announce(loop)
         self.task = loop.create_task(self._run())
         self.task.add_done_callback(self._ended)
 
@@ -186,6 +187,7 @@ class Call:
 
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():
+            self._link.server.arrivals.announce(self._loop)
             self._reader.set_result(None)
 
     # What handlers and interceptors use ------------------------------------------

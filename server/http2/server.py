@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import grpc
 
 from server import limits
+from server.gathering import Arrivals
 from server.http2.connection import Connection
 from server.http2.http1 import Http1Connection
 from server.http2.plain import Routes
@@ -42,6 +43,7 @@ class Http2Server:
         *,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         max_message_bytes: int,
+        arrivals: Arrivals | None = None,
         max_connection_age: float = 0,
         max_connection_age_grace: float = 0,
         shares_port: bool = False,
@@ -51,6 +53,7 @@ class Http2Server:
         Args:
             interceptors: of all calls, in this order.
             max_message_bytes: longer messages are refused with RESOURCE_EXHAUSTED.
+            arrivals: is told of calls for which something came.
             max_connection_age: seconds after which connections are to be made anew; 0: never.
             max_connection_age_grace: seconds that calls then have.
             shares_port: whether other processes listen at the same port.
@@ -60,6 +63,7 @@ class Http2Server:
         self.routes: Routes | None = None
         """What answers plain HTTP."""
         self.max_message_bytes = max_message_bytes
+        self.arrivals = arrivals or Arrivals()
         self.is_stopping = False
         self._max_connection_age = max_connection_age
         self.max_connection_age_grace = max_connection_age_grace

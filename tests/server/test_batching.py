@@ -16,12 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import server.batching
+import server.gathering
 from server.batching import (
-    ENOUGH_ITEMS,
-    LOOK_AT_LEAST,
-    LOOK_EVERY,
-    QUIET_SECONDS,
+    SMALL_ROWS,
     Answer,
     DeadlineExpired,
     DynamicBatcher,
@@ -29,6 +26,7 @@ from server.batching import (
     QueueClosed,
     QueueFull,
 )
+from server.gathering import ENOUGH_ITEMS, LOOK_AT_LEAST, LOOK_EVERY, QUIET_SECONDS
 from server.observer import Observer
 
 Block = list[int]
@@ -420,7 +418,7 @@ async def test_what_is_not_alone_is_to_be_enqueued() -> None:
 async def test_items_that_come_sooner_than_one_caller_could_are_put_together_after_a_while(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(server.batching, "ROUND_TRIP_SECONDS", 1000.0)  # on any machine
+    monkeypatch.setattr(server.gathering, "ROUND_TRIP_SECONDS", 1000.0)  # on any machine
     engine = Engine()
 
     async with batcher_of(engine, max_batch_size=16, inline_size=16) as batcher:
@@ -437,7 +435,7 @@ async def test_items_that_come_sooner_than_one_caller_could_are_put_together_aft
 async def test_items_that_come_while_others_are_coming_are_put_together_after_a_while(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(server.batching, "ROUND_TRIP_SECONDS", 0.0)
+    monkeypatch.setattr(server.gathering, "ROUND_TRIP_SECONDS", 0.0)
     engine = Engine()
     coming = False
     async with batcher_of(engine, max_batch_size=16, inline_size=16, company=lambda: coming) as batcher:
@@ -451,7 +449,7 @@ async def test_items_that_come_while_others_are_coming_are_put_together_after_a_
 
 async def test_looks_that_find_nobody_become_rarer_until_one_finds_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lone caller over a fast transport looks like several, and would wait in one batch of 33."""
-    monkeypatch.setattr(server.batching, "ROUND_TRIP_SECONDS", 1000.0)
+    monkeypatch.setattr(server.gathering, "ROUND_TRIP_SECONDS", 1000.0)
     async with batcher_of(Engine(), max_batch_size=16, inline_size=16) as batcher:
 
         async def batches_until_a_look(items: int) -> int:
@@ -469,7 +467,7 @@ async def test_looks_that_find_nobody_become_rarer_until_one_finds_many(monkeypa
 
 
 async def test_a_caller_who_takes_its_time_is_never_put_together_with_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.batching, "ROUND_TRIP_SECONDS", 0.0)
+    monkeypatch.setattr(server.gathering, "ROUND_TRIP_SECONDS", 0.0)
     engine = Engine()
     async with batcher_of(engine, inline_size=8) as batcher:
         for _ in range(3 * LOOK_EVERY):
@@ -841,6 +839,37 @@ async def test_small_batches_run_on_the_loop_and_larger_ones_in_a_thread() -> No
         await batcher.submit([1, 2, 3])
     assert engine.threads[0] is threading.current_thread()
     assert engine.threads[1] is not threading.current_thread()
+
+
+@pytest.mark.parametrize(
+    ("items", "rows", "inline_size", "on_the_loop"),
+    [
+        (ENOUGH_ITEMS, SMALL_ROWS, 2, True),
+        (ENOUGH_ITEMS, SMALL_ROWS + 1, 2, False),
+        (ENOUGH_ITEMS - 1, SMALL_ROWS, 2, False),
+        (ENOUGH_ITEMS, SMALL_ROWS, 0, False),
+    ],
+)
+async def test_many_small_items_run_on_the_loop_however_large_their_batch(
+    items: int, rows: int, inline_size: int, on_the_loop: bool
+) -> None:
+    engine = Engine()
+    async with batcher_of(engine, max_batch_size=1000, max_queue_size=1000, inline_size=inline_size) as batcher:
+        await asyncio.gather(*batcher.enqueue([[1] * rows] * items))
+    assert engine.rows == [[rows] * items]
+    assert (engine.threads == [threading.current_thread()]) == on_the_loop
+
+
+async def test_the_thread_leaves_many_small_items_to_the_loop() -> None:
+    engine = Engine(held=True)
+    async with batcher_of(engine, max_batch_size=100, inline_size=2) as batcher:
+        large = batcher.enqueue([[1] * 4])
+        await engine.begun()
+        small = batcher.enqueue([[2]] * ENOUGH_ITEMS)
+        engine.let_go(2)
+        await asyncio.gather(*large, *small)
+    assert engine.threads[0] is not threading.main_thread()
+    assert engine.threads[1] is threading.main_thread()
 
 
 async def test_the_thread_goes_on_by_itself_while_the_loop_is_busy() -> None:

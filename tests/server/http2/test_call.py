@@ -105,6 +105,16 @@ class RawClient:
         messages = wire.Deframer(len(answered)).feed(answered)
         return [block for each in messages for block in pb.StreamClassifyResponse.FromString(each).blocks]
 
+    async def answers(self, count: int) -> list[bytes]:
+        """The data that each of so many calls is answered."""
+        data: dict[int, bytes] = {}
+        for _ in range(count):
+            for kind, _, stream, content in await self.frames_until(HEADERS, END_STREAM):
+                if kind == DATA:
+                    data[stream] = data.get(stream, b"") + content
+        assert len(data) == count
+        return [*data.values()]
+
     def close(self) -> None:
         self.writer.close()
 
@@ -405,6 +415,43 @@ async def test_streams_that_are_reset_at_once_leave_nothing_behind(server: Digit
         assert (await client.status())["grpc-status"] == "0"
         number += 2
     assert len(only_connection(server).calls) <= 1
+    client.close()
+
+
+async def test_calls_that_come_together_are_computed_together_and_a_lone_one_at_once(
+    server: DigitServer, golden: Golden
+) -> None:
+    client = await RawClient.to(server)
+
+    async def receipts(numbers: range) -> list[pb.Receipt]:
+        message = wire.framed(pb.ClassifyRequest(pixels=golden[0][0].tobytes()).SerializeToString())
+        client.send(*(client.head(it, CLASSIFY) + frame(DATA, END_STREAM, it, message) for it in numbers))
+        answers = await client.answers(len(numbers))
+        return [pb.ClassifyResponse.FromString(answer[5:]).receipt for answer in answers]
+
+    assert [receipt.batch_rows for receipt in await receipts(range(1, 81, 2))] == [40] * 40
+    (alone,) = await receipts(range(81, 82))
+    assert alone.batch_rows == 1
+    assert alone.queue_time.ToNanoseconds() == 0
+    assert server._server.arrivals.count == 0
+    client.close()
+
+
+async def test_frames_of_streams_that_come_together_are_computed_together(server: DigitServer, golden: Golden) -> None:
+    client = await RawClient.to(server)
+    streams = range(1, 17, 2)
+    for it in streams:
+        client.send(client.head(it, STREAM_CLASSIFY))
+    client.send(frame(PING, 0, 0, b"all open"))
+    await client.frames_until(PING, ACK)
+    message = wire.framed(
+        pb.StreamClassifyRequest(frames=pb.ClassifyRequest(pixels=golden[0][:4].tobytes())).SerializeToString()
+    )
+    client.send(*(frame(DATA, END_STREAM, it, message) for it in streams))
+    answers = [pb.StreamClassifyResponse.FromString(it[5:]) for it in await client.answers(len(streams))]
+    rows = [block.result.receipt.batch_rows for answer in answers for block in answer.blocks]
+    assert rows == [4 * len(streams)] * len(streams)
+    assert server._server.arrivals.count == 0
     client.close()
 
 
