@@ -259,4 +259,4 @@ class _Open:
         self.router = AsyncRouter(settings)
         stub: Any = DigitClassifierStub(cast(grpc.Channel, self.router))
         self.stub: DigitClassifierAsyncStub = stub
-        self.gather = AsyncGather(settings.target, stub, len(self.router.links))
+        self.gather = AsyncGather(settings.target, stub, loop, len(self.router.links))

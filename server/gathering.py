@@ -29,6 +29,10 @@ FEW_ITEMS = 8
 QUIET_SECONDS = 0.002
 """After so long without a new item, none is on its way."""
 
+MOST_WAITS = 2
+"""A batch waits so many times for QUIET_SECONDS, however many items come meanwhile: those of callers in step are here
+by then, and those that come at random would be waited for in vain."""
+
 LOOK_EVERY = 32
 """One in so many batches gathers without knowing whether it pays."""
 
@@ -167,8 +171,10 @@ class ByLooks(Gathering):
             expected = ENOUGH_ITEMS
         if expected == 1:
             return
-        while not queue.has(expected):
+        for _ in range(MOST_WAITS):
             before = queue.items
+            if queue.has(expected):
+                break
             await queue.wait_for(expected, QUIET_SECONDS)
             if queue.items <= before:
                 break

@@ -26,7 +26,7 @@ from server.batching import (
     QueueClosed,
     QueueFull,
 )
-from server.gathering import ENOUGH_ITEMS, LOOK_AT_LEAST, LOOK_EVERY, QUIET_SECONDS
+from server.gathering import ENOUGH_ITEMS, LOOK_AT_LEAST, LOOK_EVERY, MOST_WAITS, QUIET_SECONDS
 from server.observer import Observer
 
 Block = list[int]
@@ -720,6 +720,25 @@ def test_where_many_items_come_together_the_next_batch_waits_for_more(together: 
             assert results(await asyncio.gather(first, second)) == [[10], [20]]
             assert now() <= 4 * QUIET_SECONDS, "not for longer than no more come"
         assert [len(batch) for batch in engine.batches] == batches
+
+    in_virtual_time(scenario())
+
+
+def test_a_batch_does_not_wait_for_long_where_items_trickle_in() -> None:
+    async def scenario() -> None:
+        async with batcher_of(Engine(), max_batch_size=64, inline_size=64) as batcher:
+            await asyncio.gather(*batcher.enqueue([[0]] * 32))
+            first = batcher.enqueue([[1]])
+            start = now()
+            trickling = asyncio.create_task(trickle(batcher))
+            await asyncio.gather(*first)
+            assert now() - start == pytest.approx(MOST_WAITS * QUIET_SECONDS)
+            trickling.cancel()
+
+    async def trickle(batcher: Batcher) -> None:
+        while True:
+            await asyncio.sleep(QUIET_SECONDS / 4)
+            batcher.enqueue([[2]])
 
     in_virtual_time(scenario())
 
