@@ -201,6 +201,7 @@ class DynamicBatcher(Generic[Item, Result]):
         self._closed = False
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch")
+        self._loop: asyncio.AbstractEventLoop  # from when it is entered; to ask for it takes CPython 3.11 a system call
         self._task: asyncio.Task[None] | None = None
 
     # A `server.gathering.Queue`
@@ -218,7 +219,7 @@ class DynamicBatcher(Generic[Item, Result]):
         """Wait until `has`, for so long at most."""
         self._wake_at = items
         self._arrived.clear()
-        timer = asyncio.get_running_loop().call_later(seconds, self._arrived.set)
+        timer = self._loop.call_later(seconds, self._arrived.set)
         await self._arrived.wait()
         timer.cancel()
         self._wake_at = 1
@@ -240,6 +241,7 @@ class DynamicBatcher(Generic[Item, Result]):
         return self._queued_rows * self._seconds_per_row
 
     async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
         self._task = asyncio.create_task(self._run(), name="dynamic-batcher")
         self._task.add_done_callback(self._ended_early)
         return self
@@ -330,7 +332,7 @@ class DynamicBatcher(Generic[Item, Result]):
         if self._queued_rows + rows > self._max_queue_size:
             self._observer.rejected("queue_full", rows)
             raise QueueFull(rows, self._queued_rows, self._max_queue_size)
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         now = loop.time()
         if not self._entries:
             self._gathering.first_came()
@@ -400,7 +402,7 @@ class DynamicBatcher(Generic[Item, Result]):
             await self._gathering.gather(self, looks_pay=self.inline_size > 0)
             await self._keep_window_open()
             with self._lock:
-                cut = self._cut(asyncio.get_running_loop().time())
+                cut = self._cut(self._loop.time())
             self._tell(cut)
             if cut.batch:
                 await self._answer(cut.batch)
@@ -416,7 +418,7 @@ class DynamicBatcher(Generic[Item, Result]):
 
     async def _keep_window_open(self) -> None:
         """Wait until the first item is `max_wait_ms` old, an item has half of its time left, or the batch is full."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         while (
             self._max_wait_seconds and self._entries and not self._closed and self._queued_rows < self._max_batch_size
         ):
@@ -477,7 +479,7 @@ class DynamicBatcher(Generic[Item, Result]):
 
     async def _answer(self, batch: list[_Entry[Item, Result]]) -> None:
         """Run a batch, and in the thread those behind it; give each caller that still waits its own rows."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         self._is_computing = True
         try:
             if self._is_for_the_loop(sum(entry.rows for entry in batch), len(batch)):

@@ -24,10 +24,11 @@ class Intake:
 
     def __init__(self, service: DigitService) -> None:
         self._service = service
+        self._loop = asyncio.get_running_loop()  # to ask for it takes CPython 3.11 a system call
 
     def announce(self, method: str) -> ServiceError | None:
         """The current task's call of `package.Service/Method` has come; return why it is refused, if it is."""
-        task = asyncio.current_task()
+        task = asyncio.current_task(self._loop)
         assert task is not None
         if (error := self._service.announce(task, method)) is not None:
             return error
@@ -36,7 +37,7 @@ class Intake:
 
     def arrived(self) -> None:
         """The current task has its message."""
-        self._service.arrived(asyncio.current_task())
+        self._service.arrived(asyncio.current_task(self._loop))
 
 
 class Methods(grpc.GenericRpcHandler):
