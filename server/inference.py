@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, log
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +30,9 @@ GOLDEN_NEEDED = 0.9
 Not 1: weights made elsewhere may differ from ours on a digit or two.
 """
 
-GOLDEN_TOGETHER = (1, 5, 20)
-"""The golden digits are read in batches of so many: alone, few and many images are computed in different ways."""
+GOLDEN_TOGETHER = (1, 20, 80)
+"""The golden digits are read in batches of so many, in the last one four times: alone, few and many images are computed
+in different ways."""
 
 REFUSED_AT_MOST = 0.5
 """The share of golden digits that may score below the model's own threshold."""
@@ -39,11 +40,12 @@ REFUSED_AT_MOST = 0.5
 CACHED_ROWS = 32
 """A CPU takes so many images at a time through a CNN; what the layers give for more does not stay in its cache."""
 
-MANY_ROWS = 8
-"""Images from which oneDNN's products pay, where torch has it: on an AMD EPYC (Zen 5) 0.51 ms for 256 images and
-0.05 for two, MKL's 1.12 and 0.03, as that one leaves half of the width of such a processor unused."""
+MANY_ROWS = 64
+"""Images from which torch computes a batch; NumPy's way to the products is shorter (docs/performance.md). They are
+oneDNN's where torch has it: on an AMD EPYC (Zen 5) 0.51 ms for 256 images, MKL's 1.12, as that one leaves half of the
+width of such a processor unused."""
 
-ROWS = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+ROWS = (64, 96, 128, 160, 192, 224, 256)
 """A batch has as many rows there, the last ones empty, and a larger one is several: oneDNN compiles a product for each
 number of rows and keeps it, which takes milliseconds and 2 MB."""
 
@@ -116,9 +118,11 @@ class Classifier:
         manifest = checkpoint.manifest
         meanings = manifest.labels if manifest.labels != DIGITS else ()
         self._common: _Common = (checkpoint.version, manifest.digit_threshold, meanings)
-        self._one_image = None
+        self._one_image = self._few_images = None
         if folded and self._device.type == "cpu":
-            self._one_image = _OneImage(folded, manifest.temperature, self._common)
+            carried = _carry_biases(folded)
+            self._one_image = _OneImage(carried, manifest.temperature, self._common)
+            self._few_images = _FewImages(carried)
 
     @property
     def is_quick(self) -> bool:
@@ -159,14 +163,21 @@ class Classifier:
         manifest = self.checkpoint.manifest
         return normalize(cast(_Pixels, rows), manifest.mean, manifest.std)
 
-    @torch.inference_mode()
     def _predict_pixels(self, blocks: Sequence[_Pixels]) -> Scores:
+        count = sum(map(len, blocks))
+        if self._few_images is None or count >= MANY_ROWS:
+            return self._predict_many(blocks, count)
+        pixels = np.empty((count, PIXELS), np.float32)
+        # Joined and cast in one go: between two steps another thread may take the interpreter.
+        np.concatenate(blocks, out=pixels, casting="unsafe")
+        return self._scores(self._few_images(pixels))
+
+    @torch.inference_mode()
+    def _predict_many(self, blocks: Sequence[_Pixels], count: int) -> Scores:
         if self._of_pixels is None:
             return self._predict_features(self._features(np.concatenate(blocks)))
         _use_one_thread()
-        count = sum(map(len, blocks))
         pixels = np.empty((self._of_pixels.rows_for(count), PIXELS), np.float32)
-        # Joined and cast in one go: between two steps another thread may take the interpreter.
         np.concatenate(blocks, out=pixels[:count], casting="unsafe")
         pixels[count:] = 0
         return self._scores(self._of_pixels(torch.from_numpy(pixels).to(self._device))[:count].cpu().numpy())
@@ -244,23 +255,58 @@ class _Perceptron:
         return torch.addmm(b3, x, w3)  # (n, classes)
 
 
-class _OneImage:
-    """An ImprovedNN for one image at a time, in NumPy: torch takes twice as long to find its way to the products.
+class _Carried(NamedTuple):
+    """The layers of an ImprovedNN, of which only the last one adds a bias."""
 
-    No layer adds its bias b to its products y, as relu(y + b) = max(y, -b) + b:
-    what is left to add goes through the next layer's weights into its bias, and
-    only the last one is added.
+    w1: _Array
+    w2: _Array
+    w3: _Array
+    """`float32[outputs, inputs]`"""
+    floor1: _Array
+    floor2: _Array
+    """`float32[outputs]`, in the place of the 0 of ReLU."""
+    b3: _Array
+
+
+def _carry_biases(layers: _Layers) -> _Carried:
+    """No layer adds its bias b to its products y, as relu(y + b) = max(y, -b) + b.
+
+    What is left to add goes through the next layer's weights into its bias.
     """
+    (w1, b1), (w2, b2), (w3, b3) = ((weights.numpy(), bias.double().numpy()) for weights, bias in layers)
+    b2 = b2 + w2 @ b1
+    b3 = b3 + w3 @ b2
+    return _Carried(w1, w2, w3, -b1.astype(np.float32), -b2.astype(np.float32), b3.astype(np.float32))
 
-    def __init__(self, layers: _Layers, temperature: float, common: _Common) -> None:
-        """`layers` take pixels: the result of `_fold_normalisation`; `common` are the last fields of Scores."""
-        (w1, b1), (w2, b2), (w3, b3) = ((weights.numpy(), bias.double().numpy()) for weights, bias in layers)
-        b2 = b2 + w2 @ b1
-        b3 = b3 + w3 @ b2
+
+class _FewImages:
+    """An ImprovedNN for some images, in NumPy: torch takes longer to find its way to the products."""
+
+    def __init__(self, layers: _Carried) -> None:
+        """`layers` take pixels."""
+        # Laid out by columns: OpenBLAS takes half of the time for a few rows.
+        self._w1, self._w2, self._w3 = (np.ascontiguousarray(weights.T) for weights in layers[:3])
+        self._layers = layers
+
+    def __call__(self, x: _Array) -> _Array:
+        """Logits `float32[n, classes]` of pixels `float32[n, 784]`."""
+        h1 = x.dot(self._w1)  # (n, 256)
+        np.maximum(h1, self._layers.floor1, out=h1)
+        h2 = h1.dot(self._w2)  # (n, 128)
+        np.maximum(h2, self._layers.floor2, out=h2)
+        logits: _Array = h2.dot(self._w3)  # (n, classes)
+        logits += self._layers.b3
+        return logits
+
+
+class _OneImage:
+    """The same for one image at a time."""
+
+    def __init__(self, layers: _Carried, temperature: float, common: _Common) -> None:
+        """`layers` take pixels; `common` are the last fields of Scores."""
+        w1, w2, w3, self._floor1, self._floor2, b3 = layers
         self._w1, self._w2 = w1, w2
-        self._w3_and_b3: _Array = np.column_stack((w3, b3)).astype(np.float32)
-        self._floor1: _Array = -b1.astype(np.float32)
-        self._floor2: _Array = -b2.astype(np.float32)
+        self._w3_and_b3: _Array = np.column_stack((w3, b3))
         self._x, self._h1 = (np.empty(weights.shape[1], np.float32) for weights in (w1, w2))
         self._h2_and_1 = np.ones(len(w2) + 1, np.float32)
         self._h2 = self._h2_and_1[:-1]
@@ -349,9 +395,9 @@ def check_golden(classifier: Classifier, name: str) -> None:
     """Raise UnfitModel unless the model reads the golden digits as digits, or tells other things and gives numbers."""
     pixels, labels = golden_digits()
     for count in GOLDEN_TOGETHER:
-        batches = [pixels[first : first + count] for first in range(0, len(pixels), count)]
+        batches = [np.resize(pixels[first : first + count], (count, PIXELS)) for first in range(0, len(pixels), count)]
         with np.errstate(all="ignore"):  # what is not finite is told
-            _check_scores([classifier.predict(batch) for batch in batches], labels, name)
+            _check_scores([classifier.predict(batch)[: len(pixels)] for batch in batches], labels, name)
 
 
 def _check_scores(scores: Sequence[Scores], labels: _Pixels, name: str) -> None:

@@ -17,6 +17,7 @@ from digits.preprocessing import normalize
 from digits.snapshot import InvalidCheckpoint, take_snapshot
 from server.inference import (
     CACHED_ROWS,
+    GOLDEN_TOGETHER,
     MANY_ROWS,
     ROWS,
     Classifier,
@@ -273,7 +274,7 @@ def test_weights_below_the_least_accuracy_are_not_served(accuracy: float | None,
 def test_an_image_is_read_alike_among_any_number_of_others(
     has_onednn: bool, golden: Golden, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One goes through NumPy, a few through torch's products, and many through oneDNN's, if torch has it."""
+    """One and a few go through NumPy, and many through oneDNN's products if torch has it, else through MKL's."""
     if not has_onednn:
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     classifier = Classifier(load_checkpoint(EMBEDDED_WEIGHTS))
@@ -287,7 +288,7 @@ def test_an_image_is_read_alike_among_any_number_of_others(
             assert scores.digits.tolist() == expected[:count].argmax(axis=1).tolist()
 
 
-@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("count", GOLDEN_TOGETHER)
 def test_the_golden_digits_are_read_alone_in_few_and_in_many(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = Classifier(load_checkpoint(EMBEDDED_WEIGHTS))
     check_golden(classifier, "weights")
