@@ -25,7 +25,7 @@ from server.observer import HttpSpan, Observer, Observers
 from server.open_inference import SERVICE_NAME as OPEN_INFERENCE_NAME
 from server.open_inference import OpenInference
 from server.ports import Reservation, literal_hosts
-from server.service import SERVICE_NAME, DigitService
+from server.service import CLASSIFY, SERVICE_NAME, STREAM_CLASSIFY, DigitService
 from server.settings import Settings, bracketed
 from server.statistics import Statistics
 from server.threads import in_daemon_thread
@@ -34,6 +34,13 @@ if TYPE_CHECKING:
     from server.inference import Classifier
 
 logger = logging.getLogger(__name__)
+
+METHODS_WITH_IMAGES = (
+    CLASSIFY,
+    STREAM_CLASSIFY,
+    f"{OPEN_INFERENCE_NAME}/ModelInfer",
+    f"{OPEN_INFERENCE_NAME}/ModelStreamInfer",
+)
 
 HEALTH_NAMES = ("", SERVICE_NAME, OPEN_INFERENCE_NAME)
 
@@ -100,7 +107,7 @@ class DigitServer:
         self._keeps_port = sys.platform == "linux" and settings.transport == "grpcio" and not shares_port
         self._kept: Reservation | None = None
         """The port, kept for us alone; to be shared with the server that takes the first one's place, if one has to."""
-        arrivals = Arrivals() if settings.transport == "asgi" else None  # grpc.aio cannot tell
+        arrivals = Arrivals(METHODS_WITH_IMAGES) if settings.transport == "asgi" else None  # grpc.aio cannot tell
         self._server, self._credentials = _transport(
             settings, interceptors, arrivals, shares_port=shares_port or self._keeps_port, on_lost=on_lost
         )

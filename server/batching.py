@@ -43,9 +43,6 @@ from server.observer import Observer
 
 logger = logging.getLogger(__name__)
 
-SMALL_ROWS = 4
-"""Items of so many rows on average take the event loop longer to bring in and to answer than to compute."""
-
 Item = TypeVar("Item", bound=Sized)
 Result = TypeVar("Result", bound=Sized)
 
@@ -155,7 +152,7 @@ class DynamicBatcher(Generic[Item, Result]):
         max_wait_ms: how long a first item waits for others, in milliseconds.
         max_queue_size: the most rows that wait.
         inline_size: batches of up to this many rows run on the event loop
-            itself, and of many small items larger ones, too; others in a
+            itself, and of many items of one row larger ones, too; others in a
             thread. A thread costs more than a small batch takes, but leaves
             the loop free meanwhile. With 0, all batches run in the thread.
         arrivals: of items that are about to come in this turn of the event
@@ -525,8 +522,7 @@ class DynamicBatcher(Generic[Item, Result]):
         With hundreds of callers of an image each it is busy with their messages
         all the time: a thread would then do nothing but take turns with it.
         """
-        many_small = items >= ENOUGH_ITEMS and rows <= SMALL_ROWS * items
-        return rows <= self.inline_size or (many_small and self.inline_size > 0)
+        return rows <= self.inline_size or (self.inline_size > 0 and rows == items >= ENOUGH_ITEMS)
 
     def _compute(self, batch: list[_Entry[Item, Result]]) -> _Computed[Item, Result]:
         items = [entry.item for entry in batch]

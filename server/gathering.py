@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 ENOUGH_ITEMS = 32
@@ -92,12 +92,18 @@ class Gathering:
 
 
 class Arrivals:
-    """Counts the tasks for which something was read, and which have not had their turn since."""
+    """Counts the tasks for which images were read, and which have not had their turn since."""
 
-    def __init__(self) -> None:
+    def __init__(self, methods: Iterable[str] = ()) -> None:
+        """`methods` of gRPC, `package.Service/Method`, are those with images; all other calls are not counted."""
         self.count = 0
+        self._paths = {f"/{method}".encode() for method in methods}
 
-    def announce(self, loop: asyncio.AbstractEventLoop) -> None:
+    def of_call(self, path: bytes) -> Arrivals | None:
+        """These, if a call of the path is counted."""
+        return self if path in self._paths else None
+
+    def count_one(self, loop: asyncio.AbstractEventLoop) -> None:
         """To be called right before a task is made or woken: the loop keeps that order."""
         self.count += 1
         loop.call_soon(self._has_its_turn)

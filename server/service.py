@@ -237,7 +237,9 @@ class DigitService:
         with Observed(self, STREAM_CLASSIFY, deadline), named_errors():
             self.model  # noqa: B018  # raises while there is none
             answer = LatestOnly(
-                lambda request: self._answer_frames(request, deadline, flow), self.observer.frames_dropped
+                lambda request: self._answer_frames(request, deadline, flow),
+                self.observer.frames_dropped,
+                self._arrivals,
             )
             await self.run_stream(measure_frames, answer, read, write_blocks)
 

@@ -53,7 +53,7 @@ class OrderedStream(Generic[Request, Reply]):
             answer: is called in the order of arrival.
             window: rows that are unanswered at most.
             window_bytes: of their images.
-            arrivals: is told of each message.
+            arrivals: counts the messages.
         """
         self._measure = measure
         self._answer = answer
@@ -104,7 +104,7 @@ class OrderedStream(Generic[Request, Reply]):
                 if self._draining:
                     return
                 if self._arrivals is not None:
-                    self._arrivals.announce(asyncio.get_running_loop())
+                    self._arrivals.count_one(asyncio.get_running_loop())
                 self._pending.append((rows, size, asyncio.create_task(self._answer(request))))
                 self._unanswered += rows
                 self._unanswered_bytes += size
@@ -209,8 +209,11 @@ class LatestOnly:
     One whose turn comes when a newer one is there is then answered as overtaken.
     """
 
-    def __init__(self, answer: AnswerFrames, overtaken: Callable[[int], None]) -> None:
-        """`overtaken` is told how many frames were not computed because newer ones came."""
+    def __init__(
+        self, answer: AnswerFrames, overtaken: Callable[[int], None], arrivals: Arrivals | None = None
+    ) -> None:
+        """`overtaken` is told how many frames were not computed because newer ones came; `arrivals` count the rest."""
+        self._arrivals = arrivals
         self._answer = answer
         self._overtaken = overtaken
         self._asked_for = False
@@ -232,9 +235,11 @@ class LatestOnly:
         one, gets an answer now and then nevertheless.
         """
         if time.monotonic() - self._answered_at < OVERDUE_SECONDS:
-            for _ in range(LOOK_TURNS):
+            for left in reversed(range(LOOK_TURNS)):
                 if number != self._messages:
                     return False
+                if not left and self._arrivals is not None:
+                    self._arrivals.count_one(asyncio.get_running_loop())
                 await asyncio.sleep(0)
         return number == self._messages
 

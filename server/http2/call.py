@@ -68,6 +68,7 @@ class Call:
     """A call of a method, from its headers to its status."""
 
     __slots__ = (
+        "_arrivals",
         "_broken",
         "_code",
         "_deadline",
@@ -118,12 +119,14 @@ class Call:
         self._details = ""
         self._trailing: Metadata = ()
         self._loop = loop = link.server.loop
+        self._arrivals = link.server.arrivals.of_call(head.path)
         self._timer: asyncio.TimerHandle | None = None
         self._deadline: float | None = None
         if head.timeout is not None:
             self._deadline = loop.time() + head.timeout
             self._timer = loop.call_at(self._deadline + CLOCK_SECONDS, self._expire)
-        link.server.arrivals.announce(loop)
+        if self._arrivals is not None:
+            self._arrivals.count_one(loop)
         self.task = loop.create_task(self._run())
         self.task.add_done_callback(self._ended)
 
@@ -187,7 +190,8 @@ class Call:
 
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():
-            self._link.server.arrivals.announce(self._loop)
+            if self._arrivals is not None:
+                self._arrivals.count_one(self._loop)
             self._reader.set_result(None)
 
     # What handlers and interceptors use ------------------------------------------

@@ -195,6 +195,11 @@ class Exchange:
         self.refusal = self._refuse()
         """The answer, where it does not depend on the body."""
 
+    @property
+    def has_images(self) -> bool:
+        """Whether the body, which is still to come, is one of images."""
+        return self._is_announced
+
     # By the head ------------------------------------------------------------------------
 
     def _refuse(self) -> Answer | None:

@@ -49,6 +49,8 @@ class PlainCall:
             self._whole.set_result(refusal)
         elif stream.closed_there:
             self._whole.set_result(self._exchange.wrong_length(0))
+        self._waits = False
+        self._count()
         self.task = link.server.loop.create_task(self._run())
         self.task.add_done_callback(self._ended)
 
@@ -82,6 +84,8 @@ class PlainCall:
     def feed_end(self) -> None:
         """The body is whole."""
         if not self._whole.done():
+            if self._waits:
+                self._count()
             self._whole.set_result(self._exchange.wrong_length(len(self._body)))
         self._end_rest()
 
@@ -106,9 +110,15 @@ class PlainCall:
         self._link.flush_soon()
         self.abandon()
 
+    def _count(self) -> None:
+        """Images come, and the task has its turn."""
+        if self._exchange.has_images:
+            self._link.server.arrivals.count_one(self._link.server.loop)
+
     # The task ------------------------------------------------------------------------
 
     async def _run(self) -> None:
+        self._waits = True
         answer = await self._whole or await self._exchange.answer(bytes(self._body))
         self._body.clear()
         engine, stream = self._link.engine, self.stream

@@ -53,7 +53,7 @@ class Http2Server:
         Args:
             interceptors: of all calls, in this order.
             max_message_bytes: longer messages are refused with RESOURCE_EXHAUSTED.
-            arrivals: is told of calls for which something came.
+            arrivals: counts calls for which images came.
             max_connection_age: seconds after which connections are to be made anew; 0: never.
             max_connection_age_grace: seconds that calls then have.
             shares_port: whether other processes listen at the same port.

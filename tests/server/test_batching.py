@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 import server.gathering
 from server.batching import (
-    SMALL_ROWS,
     Answer,
     DeadlineExpired,
     DynamicBatcher,
@@ -26,7 +25,7 @@ from server.batching import (
     QueueClosed,
     QueueFull,
 )
-from server.gathering import ENOUGH_ITEMS, LOOK_AT_LEAST, LOOK_EVERY, MOST_WAITS, QUIET_SECONDS
+from server.gathering import ENOUGH_ITEMS, LOOK_AT_LEAST, LOOK_EVERY, MOST_WAITS, PAUSE_SECONDS, QUIET_SECONDS
 from server.observer import Observer
 
 Block = list[int]
@@ -115,7 +114,11 @@ def in_virtual_time(scenario: Coroutine[Any, Any, None]) -> None:
         loop.time = lambda: selector.now  # type: ignore[method-assign]
         return loop
 
-    with mock.patch.object(server.batching, "time", clock), asyncio.Runner(loop_factory=make_loop) as runner:
+    with (
+        mock.patch.object(server.batching, "time", clock),
+        mock.patch.object(server.gathering, "time", clock),
+        asyncio.Runner(loop_factory=make_loop) as runner,
+    ):
         runner.run(scenario)
 
 
@@ -724,6 +727,49 @@ def test_where_many_items_come_together_the_next_batch_waits_for_more(together: 
     in_virtual_time(scenario())
 
 
+def test_a_batch_waits_no_longer_than_a_moment_in_which_nothing_comes() -> None:
+    async def scenario() -> None:
+        async with batcher_of(Engine(), max_batch_size=64, inline_size=64) as batcher:
+            await asyncio.gather(*batcher.enqueue([[0]] * 32))
+            start = now()
+            await batcher.submit([1])
+            assert now() - start == pytest.approx(QUIET_SECONDS)
+            start = now()
+            await batcher.submit([2])
+            assert now() == start, "the last batch was small: nobody is waited for any more"
+
+    in_virtual_time(scenario())
+
+
+def test_a_batch_that_waits_for_more_is_cut_when_there_is_hurry() -> None:
+    async def scenario() -> None:
+        async with batcher_of(Engine(), max_batch_size=64, inline_size=64) as batcher:
+            await asyncio.gather(*batcher.enqueue([[0]] * 32))
+            start = now()
+            (waiting,) = batcher.enqueue([[1]])
+            await asyncio.sleep(QUIET_SECONDS / 4)
+            batcher.hurry()
+            await waiting
+            assert now() - start == pytest.approx(QUIET_SECONDS / 4)
+            await asyncio.gather(*batcher.enqueue([[2]] * 32))
+            await batcher.submit([3])
+            assert now() - start == pytest.approx(QUIET_SECONDS / 4), "nor is anything waited for after it"
+
+    in_virtual_time(scenario())
+
+
+def test_after_a_pause_nobody_is_waited_for() -> None:
+    async def scenario() -> None:
+        async with batcher_of(Engine(), max_batch_size=64, inline_size=64) as batcher:
+            await asyncio.gather(*batcher.enqueue([[0]] * 32))
+            await asyncio.sleep(2 * PAUSE_SECONDS)
+            start = now()
+            await batcher.submit([1])
+            assert now() == start
+
+    in_virtual_time(scenario())
+
+
 def test_a_batch_does_not_wait_for_long_where_items_trickle_in() -> None:
     async def scenario() -> None:
         async with batcher_of(Engine(), max_batch_size=64, inline_size=64) as batcher:
@@ -863,13 +909,13 @@ async def test_small_batches_run_on_the_loop_and_larger_ones_in_a_thread() -> No
 @pytest.mark.parametrize(
     ("items", "rows", "inline_size", "on_the_loop"),
     [
-        (ENOUGH_ITEMS, SMALL_ROWS, 2, True),
-        (ENOUGH_ITEMS, SMALL_ROWS + 1, 2, False),
-        (ENOUGH_ITEMS - 1, SMALL_ROWS, 2, False),
-        (ENOUGH_ITEMS, SMALL_ROWS, 0, False),
+        (ENOUGH_ITEMS, 1, 2, True),
+        (ENOUGH_ITEMS, 2, 2, False),
+        (ENOUGH_ITEMS - 1, 1, 2, False),
+        (ENOUGH_ITEMS, 1, 0, False),
     ],
 )
-async def test_many_small_items_run_on_the_loop_however_large_their_batch(
+async def test_many_items_of_one_row_run_on_the_loop_however_large_their_batch(
     items: int, rows: int, inline_size: int, on_the_loop: bool
 ) -> None:
     engine = Engine()

@@ -41,7 +41,7 @@ class Transport:
     def read(self, callers: int, rows: int = 1) -> list[asyncio.Task[None]]:
         tasks = []
         for _ in range(callers):
-            self.arrivals.announce(asyncio.get_running_loop())
+            self.arrivals.count_one(asyncio.get_running_loop())
             tasks.append(asyncio.create_task(self._call(rows)))
         return tasks
 
@@ -79,6 +79,16 @@ async def test_what_is_read_in_the_next_turn_goes_with_what_waits(transport: Tra
     second = transport.read(3)
     await asyncio.gather(*first, *second)
     assert transport.batches == [[1] * (MANY_COMING + 4)]
+
+
+async def test_a_batch_waits_for_no_turn_in_which_nothing_comes(transport: Transport) -> None:
+    tasks = transport.read(MANY_COMING + 1)
+    turns = 0
+    while not transport.batches:
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns == 3, "the tasks', the batcher's, and the one in which it sees that nothing was read"
+    await asyncio.gather(*tasks)
 
 
 async def test_a_batch_waits_for_some_turns_only_where_more_come_in_each(transport: Transport) -> None:

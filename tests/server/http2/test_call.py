@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import gzip
+import json
 import logging
 import struct
 import unittest.mock
@@ -16,6 +18,7 @@ import hpack
 import numpy as np
 import numpy.typing as npt
 import pytest
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from protos.mnist.v1 import digit_classifier_pb2 as pb
@@ -418,39 +421,110 @@ async def test_streams_that_are_reset_at_once_leave_nothing_behind(server: Digit
     client.close()
 
 
+@pytest.mark.parametrize("together", [True, False], ids=["head and message together", "the message later"])
 async def test_calls_that_come_together_are_computed_together_and_a_lone_one_at_once(
-    server: DigitServer, golden: Golden
+    together: bool, server: DigitServer, golden: Golden
 ) -> None:
     client = await RawClient.to(server)
 
-    async def receipts(numbers: range) -> list[pb.Receipt]:
-        message = wire.framed(pb.ClassifyRequest(pixels=golden[0][0].tobytes()).SerializeToString())
-        client.send(*(client.head(it, CLASSIFY) + frame(DATA, END_STREAM, it, message) for it in numbers))
+    async def receipts(numbers: range, images: int = 1) -> list[pb.Receipt]:
+        message = wire.framed(pb.ClassifyRequest(pixels=golden[0][:images].tobytes()).SerializeToString())
+        heads = [client.head(number, CLASSIFY) for number in numbers]
+        data = [frame(DATA, END_STREAM, number, message) for number in numbers]
+        if together:
+            client.send(*(part for both in zip(heads, data, strict=True) for part in both))
+        else:
+            client.send(*heads, frame(PING, 0, 0, b"all open"))
+            await client.frames_until(PING, ACK)
+            await asyncio.sleep(0)  # the calls wait for their messages
+            client.send(*data)
         answers = await client.answers(len(numbers))
         return [pb.ClassifyResponse.FromString(answer[5:]).receipt for answer in answers]
 
     assert [receipt.batch_rows for receipt in await receipts(range(1, 81, 2))] == [40] * 40
-    (alone,) = await receipts(range(81, 82))
-    assert alone.batch_rows == 1
-    assert alone.queue_time.ToNanoseconds() == 0
+    for number, images in ((81, 1), (83, 20)):
+        (alone,) = await receipts(range(number, number + 1), images)
+        assert alone.batch_rows == images
+        assert alone.queue_time.ToNanoseconds() == 0, "it was not queued, as nobody else is there"
     assert server._server.arrivals.count == 0
     client.close()
 
 
-async def test_frames_of_streams_that_come_together_are_computed_together(server: DigitServer, golden: Golden) -> None:
+async def test_calls_of_other_methods_are_no_company(server: DigitServer, golden: Golden) -> None:
+    client = await RawClient.to(server)
+    check = wire.framed(health_pb2.HealthCheckRequest().SerializeToString())
+    message = wire.framed(pb.ClassifyRequest(pixels=golden[0][0].tobytes()).SerializeToString())
+    checks = range(1, 101, 2)
+    for number in checks:
+        client.send(client.head(number, "grpc.health.v1.Health/Check"), frame(DATA, END_STREAM, number, check))
+    client.send(client.head(101, CLASSIFY), frame(DATA, END_STREAM, 101, message))
+    *_, answer = await client.answers(len(checks) + 1)
+    assert pb.ClassifyResponse.FromString(answer[5:]).receipt.queue_time.ToNanoseconds() == 0
+    client.close()
+
+
+async def test_plain_calls_over_http2_that_come_together_are_computed_together(
+    server: DigitServer, golden: Golden
+) -> None:
+    client = await RawClient.to(server)
+    numbers = range(1, 41, 2)
+    for number in numbers:
+        headers = [(":method", "POST"), (":path", "/v1/classify"), (":scheme", "http"), (":authority", "here")]
+        block = client.encoder.encode([*headers, ("content-type", "application/json")])
+        client.send(frame(HEADERS, END_HEADERS, number, block), frame(DATA, END_STREAM, number, body_of(golden)))
+    data: dict[int, bytes] = {}
+    for _ in numbers:
+        for kind, _, stream, content in await client.frames_until(DATA, END_STREAM):
+            if kind == DATA:
+                data[stream] = data.get(stream, b"") + content
+    assert [json.loads(content)["receipt"]["batchRows"] for content in data.values()] == [20] * 20
+    assert server._server.arrivals.count == 0
+    client.close()
+
+
+async def test_plain_calls_over_http1_that_come_together_are_computed_together(
+    server: DigitServer, golden: Golden
+) -> None:
+    connections = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(20)]
+    body = body_of(golden)
+    head = f"POST /v1/classify HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    for _, writer in connections:
+        writer.write(head.encode() + b"\r\nconnection: close\r\n\r\n" + body)
+    answers = [json.loads((await reader.read()).split(b"\r\n\r\n")[1]) for reader, _ in connections]
+    assert [answer["receipt"]["batchRows"] for answer in answers] == [20] * 20
+    assert server._server.arrivals.count == 0
+    for _, writer in connections:
+        writer.close()
+
+
+def body_of(golden: Golden) -> bytes:
+    return json.dumps({"pixels": base64.b64encode(golden[0][0].tobytes()).decode()}).encode()
+
+
+@pytest.mark.parametrize("latest_only", [False, True])
+async def test_frames_of_streams_that_come_together_are_computed_together(
+    latest_only: bool, server: DigitServer, golden: Golden
+) -> None:
     client = await RawClient.to(server)
     streams = range(1, 17, 2)
     for it in streams:
         client.send(client.head(it, STREAM_CLASSIFY))
     client.send(frame(PING, 0, 0, b"all open"))
     await client.frames_until(PING, ACK)
-    message = wire.framed(
-        pb.StreamClassifyRequest(frames=pb.ClassifyRequest(pixels=golden[0][:4].tobytes())).SerializeToString()
-    )
+    frames = pb.ClassifyRequest(pixels=golden[0][:4].tobytes())
+    message = wire.framed(pb.StreamClassifyRequest(frames=frames, latest_only=latest_only).SerializeToString())
     client.send(*(frame(DATA, END_STREAM, it, message) for it in streams))
     answers = [pb.StreamClassifyResponse.FromString(it[5:]) for it in await client.answers(len(streams))]
     rows = [block.result.receipt.batch_rows for answer in answers for block in answer.blocks]
     assert rows == [4 * len(streams)] * len(streams)
+
+    client.send(client.head(17, STREAM_CLASSIFY), frame(PING, 0, 0, b"it waits"))
+    await client.frames_until(PING, ACK)
+    client.send(frame(DATA, END_STREAM, 17, message))
+    (answer,) = await client.answers(1)
+    (block,) = pb.StreamClassifyResponse.FromString(answer[5:]).blocks
+    assert block.result.receipt.batch_rows == 4
+    assert block.result.receipt.queue_time.ToNanoseconds() == 0, "nobody else is there"
     assert server._server.arrivals.count == 0
     client.close()
 
