@@ -17,7 +17,7 @@ from typing import Protocol
 ENOUGH_ITEMS = 32
 """So many gathered items are worth no more waiting: larger batches make an image hardly cheaper."""
 
-MANY_COMING = 12
+MANY_COMING = 8
 """So many rows that are about to come are worth a batch: fewer are computed sooner one by one than they are queued."""
 
 MOST_TURNS = 4

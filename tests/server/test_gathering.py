@@ -61,8 +61,8 @@ async def transport() -> AsyncIterator[Transport]:
         (MANY_COMING, 1, [[1]] * MANY_COMING),
         (MANY_COMING + 1, 1, [[1] * (MANY_COMING + 1)]),
         (1, 64, [[64]]),
-        (3, 4, [[4]] * 3),
-        (4, 4, [[4] * 4]),
+        (2, 4, [[4]] * 2),
+        (3, 4, [[4] * 3]),
         (2, MANY_COMING, [[MANY_COMING] * 2]),
     ],
 )
