@@ -97,16 +97,17 @@ class Arrivals:
     def __init__(self, methods: Iterable[str] = ()) -> None:
         """`methods` of gRPC, `package.Service/Method`, are those with images; all other calls are not counted."""
         self.count = 0
+        self._loop = asyncio.get_running_loop()
         self._paths = {f"/{method}".encode() for method in methods}
 
     def of_call(self, path: bytes) -> Arrivals | None:
         """These, if a call of the path is counted."""
         return self if path in self._paths else None
 
-    def count_one(self, loop: asyncio.AbstractEventLoop) -> None:
+    def count_one(self) -> None:
         """To be called right before a task is made or woken: the loop keeps that order."""
         self.count += 1
-        loop.call_soon(self._has_its_turn)
+        self._loop.call_soon(self._has_its_turn)
 
     def _has_its_turn(self) -> None:
         self.count -= 1

@@ -104,7 +104,7 @@ class OrderedStream(Generic[Request, Reply]):
                 if self._draining:
                     return
                 if self._arrivals is not None:
-                    self._arrivals.count_one(asyncio.get_running_loop())
+                    self._arrivals.count_one()
                 self._pending.append((rows, size, asyncio.create_task(self._answer(request))))
                 self._unanswered += rows
                 self._unanswered_bytes += size
@@ -239,7 +239,7 @@ class LatestOnly:
                 if number != self._messages:
                     return False
                 if not left and self._arrivals is not None:
-                    self._arrivals.count_one(asyncio.get_running_loop())
+                    self._arrivals.count_one()
                 await asyncio.sleep(0)
         return number == self._messages
 

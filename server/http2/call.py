@@ -125,8 +125,7 @@ class Call:
         if head.timeout is not None:
             self._deadline = loop.time() + head.timeout
             self._timer = loop.call_at(self._deadline + CLOCK_SECONDS, self._expire)
-        if self._arrivals is not None:
-            self._arrivals.count_one(loop)
+        self._count()
         self.task = loop.create_task(self._run())
         self.task.add_done_callback(self._ended)
 
@@ -190,9 +189,13 @@ class Call:
 
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():
-            if self._arrivals is not None:
-                self._arrivals.count_one(self._loop)
+            self._count()
             self._reader.set_result(None)
+
+    def _count(self) -> None:
+        """Images may have come, and the task has its turn."""
+        if self._arrivals is not None:
+            self._arrivals.count_one()
 
     # What handlers and interceptors use ------------------------------------------
 

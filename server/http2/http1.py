@@ -50,7 +50,7 @@ class Work:
         self.is_cut_off = False
         self._connection = connection
         if exchange.has_images:
-            connection.server.arrivals.count_one(connection.server.loop)
+            connection.server.arrivals.count_one()
         self.task = connection.server.loop.create_task(exchange.answer(body))
         self.task.add_done_callback(self._done)
 

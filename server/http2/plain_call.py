@@ -113,7 +113,7 @@ class PlainCall:
     def _count(self) -> None:
         """Images come, and the task has its turn."""
         if self._exchange.has_images:
-            self._link.server.arrivals.count_one(self._link.server.loop)
+            self._link.server.arrivals.count_one()
 
     # The task ------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ import random
 import selectors
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -727,10 +728,17 @@ def test_where_many_items_come_together_the_next_batch_waits_for_more(together: 
     in_virtual_time(scenario())
 
 
+@asynccontextmanager
+async def batcher_that_had_many() -> AsyncIterator[Batcher]:
+    """Its last batch had 32 items, so that the next one waits for as many."""
+    async with batcher_of(Engine(), max_batch_size=64, inline_size=64) as batcher:
+        await asyncio.gather(*batcher.enqueue([[0]] * 32))
+        yield batcher
+
+
 def test_a_batch_waits_no_longer_than_a_moment_in_which_nothing_comes() -> None:
     async def scenario() -> None:
-        async with batcher_of(Engine(), max_batch_size=64, inline_size=64) as batcher:
-            await asyncio.gather(*batcher.enqueue([[0]] * 32))
+        async with batcher_that_had_many() as batcher:
             start = now()
             await batcher.submit([1])
             assert now() - start == pytest.approx(QUIET_SECONDS)
@@ -743,8 +751,7 @@ def test_a_batch_waits_no_longer_than_a_moment_in_which_nothing_comes() -> None:
 
 def test_a_batch_that_waits_for_more_is_cut_when_there_is_hurry() -> None:
     async def scenario() -> None:
-        async with batcher_of(Engine(), max_batch_size=64, inline_size=64) as batcher:
-            await asyncio.gather(*batcher.enqueue([[0]] * 32))
+        async with batcher_that_had_many() as batcher:
             start = now()
             (waiting,) = batcher.enqueue([[1]])
             await asyncio.sleep(QUIET_SECONDS / 4)
@@ -760,8 +767,7 @@ def test_a_batch_that_waits_for_more_is_cut_when_there_is_hurry() -> None:
 
 def test_after_a_pause_nobody_is_waited_for() -> None:
     async def scenario() -> None:
-        async with batcher_of(Engine(), max_batch_size=64, inline_size=64) as batcher:
-            await asyncio.gather(*batcher.enqueue([[0]] * 32))
+        async with batcher_that_had_many() as batcher:
             await asyncio.sleep(2 * PAUSE_SECONDS)
             start = now()
             await batcher.submit([1])
@@ -772,8 +778,7 @@ def test_after_a_pause_nobody_is_waited_for() -> None:
 
 def test_a_batch_does_not_wait_for_long_where_items_trickle_in() -> None:
     async def scenario() -> None:
-        async with batcher_of(Engine(), max_batch_size=64, inline_size=64) as batcher:
-            await asyncio.gather(*batcher.enqueue([[0]] * 32))
+        async with batcher_that_had_many() as batcher:
             first = batcher.enqueue([[1]])
             start = now()
             trickling = asyncio.create_task(trickle(batcher))

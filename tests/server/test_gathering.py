@@ -41,7 +41,7 @@ class Transport:
     def read(self, callers: int, rows: int = 1) -> list[asyncio.Task[None]]:
         tasks = []
         for _ in range(callers):
-            self.arrivals.count_one(asyncio.get_running_loop())
+            self.arrivals.count_one()
             tasks.append(asyncio.create_task(self._call(rows)))
         return tasks
 
@@ -119,6 +119,6 @@ async def test_a_task_that_is_cancelled_before_its_turn_is_not_waited_for(transp
     assert transport.batches == [[1]]
 
 
-def test_no_batch_is_left_to_wait_for_more_once_it_could_be_cut() -> None:
+async def test_no_batch_is_left_to_wait_for_more_once_it_could_be_cut() -> None:
     """Or the thread would not go on by itself with what waits."""
     assert not ByTurns(Arrivals()).is_expecting

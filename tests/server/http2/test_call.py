@@ -108,11 +108,11 @@ class RawClient:
         messages = wire.Deframer(len(answered)).feed(answered)
         return [block for each in messages for block in pb.StreamClassifyResponse.FromString(each).blocks]
 
-    async def answers(self, count: int) -> list[bytes]:
-        """The data that each of so many calls is answered."""
+    async def answers(self, count: int, last: int = HEADERS) -> list[bytes]:
+        """The data that each of so many calls is answered; its last frame is of this kind, trailers with gRPC."""
         data: dict[int, bytes] = {}
         for _ in range(count):
-            for kind, _, stream, content in await self.frames_until(HEADERS, END_STREAM):
+            for kind, _, stream, content in await self.frames_until(last, END_STREAM):
                 if kind == DATA:
                     data[stream] = data.get(stream, b"") + content
         assert len(data) == count
@@ -472,12 +472,8 @@ async def test_plain_calls_over_http2_that_come_together_are_computed_together(
         headers = [(":method", "POST"), (":path", "/v1/classify"), (":scheme", "http"), (":authority", "here")]
         block = client.encoder.encode([*headers, ("content-type", "application/json")])
         client.send(frame(HEADERS, END_HEADERS, number, block), frame(DATA, END_STREAM, number, body_of(golden)))
-    data: dict[int, bytes] = {}
-    for _ in numbers:
-        for kind, _, stream, content in await client.frames_until(DATA, END_STREAM):
-            if kind == DATA:
-                data[stream] = data.get(stream, b"") + content
-    assert [json.loads(content)["receipt"]["batchRows"] for content in data.values()] == [20] * 20
+    answers = await client.answers(len(numbers), last=DATA)
+    assert [json.loads(answer)["receipt"]["batchRows"] for answer in answers] == [20] * 20
     assert server._server.arrivals.count == 0
     client.close()
 
